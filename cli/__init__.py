@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thin roof: words in, words out. Heavy imports live inside the command functions."""

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a federation: ``federation.toml``, the same bytes for every party.
+
+Its digest, the SHA-256 of the exact bytes, is bound into every key, mask and signature of the protocol: a silo that
+trained on other terms cannot be summed. Signatures are detached: the coordinator signs the bytes, every member
+countersigns them. Everything on which epsilon or the next model depends stands here; what a silo may choose for itself
+(device, precision, microbatch) stands in ``silo.toml`` and cannot touch either.
+
+Numbers are decimal text read by ``float()`` (tomllib), so the same bytes give the same floats everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Annotated, Literal
+
+import msgspec
+
+from privacy import ring
+from privacy.errors import ConfigError
+from privacy.mechanism import LatticeGaussian
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
+Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+Unit = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}$")]
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the contract's tables: unknown keys are refused."""
+
+
+class Task(Table, kw_only=True):
+    """What is learned. ``labels`` is the public label space; a label's position is its class."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=2, max_length=4096)]
+    text_pair: bool = False
+    max_length: Annotated[int, msgspec.Meta(ge=4, le=131072)]
+
+
+class Model(Table, kw_only=True):
+    """The frozen base model, pinned by the digest of privacy.base_model."""
+
+    name: str
+    digest: Hex32
+    hidden_size: Count
+    pooling: Literal["mean", "cls", "last"] = "mean"
+
+
+class Adapter(Table, kw_only=True):
+    """LoRA-SB layers: W + B·R·A with r×r R on each of ``modules``, in this order, then the task head."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    modules: tuple[str, ...]
+    basis: Literal["weights"] = "weights"
+    scale: Positive = 1.0
+    head_scale: Positive = 1.0
+
+
+class Training(Table, kw_only=True):
+    """The update rule (PRIVACY.md §7) and its schedule; rounds is the declared plan T."""
+
+    mode: Literal["joint"] = "joint"
+    rounds: Count
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: Positive
+    beta1: Unit = 0.9
+    beta2: Unit = 0.99
+    epsilon: Positive = 1e-8
+    momentum: Unit = 0.0
+    warmup_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    decay_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    final_fraction: Unit = 0.0
+
+
+class Privacy(Table, kw_only=True):
+    """The mechanism (PRIVACY.md §1 to §3). ``units`` is a rounded public figure per silo, never derived from records."""
+
+    unit: str = "record"
+    units: Count
+    max_records_per_unit: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    sampling_rate: Rate
+    max_grad_norm: Positive
+    noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)]
+    epsilon: Positive
+    delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+    colluders: Annotated[int, msgspec.Meta(ge=1)] = 1
+    lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
+
+
+class Sum(Table, kw_only=True):
+    """The secure sum (PROTOCOL.md). Consent mode: every silo signs for every sum that holds its vector."""
+
+    protocol: Literal["consent"] = "consent"
+    ring_bits: Literal[32] = 32
+    max_void_rounds: Annotated[int, msgspec.Meta(ge=0)] = 3
+    deadline_s: Annotated[int, msgspec.Meta(ge=1, le=604800)] = 600
+    two_silos_see_each_other: bool = False
+
+
+class Aggregator(Table, kw_only=True):
+    """The coordinator's identity: its Ed25519 key signs, its X-Wing key receives."""
+
+    name: Name
+    sign_key: Hex32
+    seal_key: Hex1216
+
+
+class Member(Table, kw_only=True):
+    """A silo's public identity, as its own ``identity.pub`` states it."""
+
+    id: Annotated[int, msgspec.Meta(ge=1, lt=2**16)]
+    name: Name
+    organisation: str
+    sign_key: Hex32
+
+
+class Contract(Table, kw_only=True):
+    """One version of a federation's terms; see the module docstring. ``digest`` and ``raw`` come from ``parse``."""
+
+    format: Literal["siloquy/1"]
+    version: Count
+    name: Name
+    previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?$")] = ""
+    expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    task: Task
+    model: Model
+    adapter: Adapter
+    training: Training
+    privacy: Privacy
+    sum: Sum
+    aggregator: Aggregator
+    member: tuple[Member, ...]
+
+    @property
+    def silos(self) -> int:
+        """n, the number of members."""
+        return len(self.member)
+
+    @property
+    def shares(self) -> int:
+        """h = n - t_c: how many independent noise shares the plan counts on (no drop-outs in consent mode)."""
+        return self.silos - self.privacy.colluders
+
+    @property
+    def dimension(self) -> int:
+        """d: trainable numbers. One r×r matrix per module, then head weight (labels, hidden) and head bias (labels)."""
+        labels = len(self.task.labels)
+        return len(self.adapter.modules) * self.adapter.rank**2 + labels * self.model.hidden_size + labels
+
+    @property
+    def divisor(self) -> float:
+        """D: the public expected number of sampled units of the whole federation, q·units·n."""
+        return self.privacy.sampling_rate * self.privacy.units * self.silos
+
+    def by_id(self, silo: int) -> Member:
+        """The member with this id. Raises ConfigError when there is none."""
+        for member in self.member:
+            if member.id == silo:
+                return member
+        raise ConfigError(f"no member has id {silo}", hint="`silo status` lists the members", code="no-such-member", silo=silo)
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    """A contract together with the exact bytes it was read from and their digest."""
+
+    terms: Contract
+    raw: bytes
+    digest: bytes
+
+
+def parse(raw: bytes) -> Accepted:
+    """The contract in ``raw``, checked against every rule that needs no other file.
+
+    Raises:
+        ConfigError: not TOML, an unknown or missing key, a value out of range, or terms that contradict each other.
+    """
+    try:
+        terms = msgspec.toml.decode(raw, type=Contract)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"federation.toml: {error}", hint="compare with the commented draft that `aggregator init` writes", code="contract"
+        ) from error
+    _check_members(terms)
+    _check_terms(terms)
+    return Accepted(terms=terms, raw=raw, digest=hashlib.sha256(raw).digest())
+
+
+def ring_plan(terms: Contract) -> ring.Plan:
+    """The integer plan of one round: p, s², clamp Q and noise head-room, refused when anything could overflow.
+
+    Raises:
+        ConfigError: the terms do not fit the ring.
+    """
+    return ring.plan(
+        silos=terms.silos,
+        shares=terms.shares,
+        dimension=terms.dimension,
+        sampling_rate=terms.privacy.sampling_rate,
+        units=terms.privacy.units,
+        noise_multiplier=terms.privacy.noise_multiplier,
+        lattice_bits=terms.privacy.lattice_bits,
+    )
+
+
+def mechanism(terms: Contract, *, shares: int | None = None, steps: int | None = None) -> LatticeGaussian:
+    """What ``steps`` rounds release, against an adversary that faces ``shares`` noise shares (default: the plan's h, T)."""
+    plan = ring_plan(terms)
+    return LatticeGaussian(
+        sampling_rate=terms.privacy.sampling_rate,
+        lattice_bits=plan.lattice_bits,
+        share_variance=plan.share_variance,
+        shares=terms.shares if shares is None else shares,
+        dimension=terms.dimension,
+        steps=terms.training.rounds if steps is None else steps,
+    )
+
+
+def _check_members(terms: Contract) -> None:
+    ids = [member.id for member in terms.member]
+    if ids != sorted(set(ids)):
+        raise _contradiction("member ids must be distinct and ascending", f"found {ids}")
+    for field in ("name", "sign_key"):
+        values = [getattr(member, field) for member in terms.member]
+        if len(set(values)) != len(values):
+            raise _contradiction(f"two members share one {field}", ", ".join(sorted(values)))
+    fewest = 2 if terms.sum.two_silos_see_each_other else 3
+    if terms.silos < fewest:
+        raise _contradiction(f"{terms.silos} members", f"a sum hides nobody below {fewest}")
+    if terms.silos < terms.privacy.colluders + 2 and not terms.sum.two_silos_see_each_other:
+        raise _contradiction(f"colluders = {terms.privacy.colluders}, {terms.silos} members", "at least colluders + 2 are needed")
+    if terms.shares < 1:
+        raise _contradiction(f"colluders = {terms.privacy.colluders} with {terms.silos} members", "no honest noise share is left")
+
+
+def _check_terms(terms: Contract) -> None:
+    ceiling = min(1e-5, 1 / (10 * terms.privacy.units * terms.silos))
+    if not terms.privacy.delta <= ceiling:
+        raise _contradiction(f"delta = {terms.privacy.delta:g}", f"at most 1e-5 and 1/(10 · all units), here {ceiling:g}")
+    if len(set(terms.task.labels)) != len(terms.task.labels):
+        raise _contradiction("a label stands twice in task.labels", ", ".join(terms.task.labels))
+    if len(set(terms.adapter.modules)) != len(terms.adapter.modules):
+        raise _contradiction("a module stands twice in adapter.modules", ", ".join(terms.adapter.modules))
+    if not all(math.isfinite(x) for x in (terms.training.learning_rate, terms.privacy.noise_multiplier, terms.privacy.epsilon)):
+        raise _contradiction("a number is not finite", "learning_rate, noise_multiplier, epsilon")
+    ring_plan(terms)
+
+
+def _contradiction(what: str, against: str) -> ConfigError:
+    return ConfigError(f"federation.toml: {what}; {against}", hint="change the draft and sign it again", code="contract")

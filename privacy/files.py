@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Durable files: a write either happened whole and is on the disk, or did not happen.
+
+Every promise of the protocol that reads "on disk first" goes through these four functions. They are the only place that
+knows about temporary names, ``fsync`` and directory entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from privacy.errors import Equivocation, MachineError
+
+PRIVATE = 0o600
+PUBLIC = 0o644
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
+    """Replace ``path`` by ``data``: temporary file, fsync, rename, fsync of the directory.
+
+    Raises:
+        MachineError: the disk is full or the folder cannot be written; the old content stays whole.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        _write_new(temporary, data, mode)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_once(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
+    """Create ``path`` with ``data``, or find it there with exactly these bytes.
+
+    Raises:
+        Equivocation: the file exists with other bytes; it is left as it is.
+        MachineError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        _write_new(temporary, data, mode)
+        os.link(temporary, path)
+        _sync_directory(path.parent)
+    except FileExistsError:
+        if path.read_bytes() != data:
+            raise Equivocation(
+                f"{path.name} was written before with other content",
+                hint="never delete it: it is a promise this party made",
+                file=str(path),
+            ) from None
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: bytes, *, mode: int = PRIVATE) -> None:
+    """Append ``line`` and a newline, fsynced. A failed append leaves the file as long as it was.
+
+    Raises:
+        MachineError: the disk is full or the file cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, line + b"\n")
+            os.fsync(descriptor)
+            if size == 0:
+                _sync_directory(path.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise _cannot_write(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive advisory lock on ``path`` (created when missing), without waiting.
+
+    Raises:
+        MachineError: another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MachineError(
+                f"another process is at work in {path.parent}", hint="wait for it, or stop it", code="busy", folder=str(path.parent)
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"cannot write {path}: {error.strerror or error}",
+        hint="free space or mend the permissions, then run the same command again",
+        code="cannot-write",
+        path=str(path),
+        errno=error.errno,
+    )

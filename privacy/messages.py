@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wire types: one frozen struct per protocol step, and the only decoder.
+
+Encoding is MessagePack arrays (no keys, hence no duplicate or unknown ones). ``decode`` accepts exactly the canonical
+encoding: what it returns re-encodes to the bytes it was given, so trailing, non-minimal or coerced data is refused. The
+names are those of docs/spec/guardian-sum.md. Digests and keys are raw bytes; ids count from 1; party 0 is the aggregator.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from privacy.errors import TrustError
+
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Key = Digest
+SealKey = Annotated[bytes, msgspec.Meta(min_length=1216, max_length=1216)]
+Attempt = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+SiloId = Annotated[int, msgspec.Meta(ge=1, lt=2**16)]
+PartyId = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+
+AGGREGATOR = 0
+
+Kind = Literal[
+    "contract", "countersignature",
+    "epoch", "epoch-note", "roster", "pair-seeds", "confirmation",
+    "manifest", "upload", "freeze", "consent", "certificate", "release", "outcome", "acknowledgement",
+]  # fmt: skip
+KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
+AGGREGATOR_KINDS = frozenset({"contract", "epoch", "roster", "manifest", "freeze", "certificate", "outcome"})
+
+
+class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all wire types; see the module docstring for the encoding."""
+
+
+class Signed(Wire, kw_only=True):
+    """A document and its author's signature over the body's exact bytes (privacy.envelope)."""
+
+    version: Literal["gsum/1"]
+    type: Kind | Literal["identity", "header"]
+    sender: PartyId
+    context: Digest
+    body: bytes
+    signature: Signature
+
+
+class Countersignature(Wire, kw_only=True):
+    """A member's agreement to one contract version. The signature also proves possession of the member's key."""
+
+    contract: Digest
+    member: SiloId
+
+
+class EpochCall(Wire, kw_only=True):
+    """The aggregator asks all members for epoch keys."""
+
+    contract: Digest
+    epoch: Number
+
+
+class EpochNote(Wire, kw_only=True):
+    """A member's fresh keys for one epoch. ``basis`` is the digest of the (A, B) that it computed itself."""
+
+    contract: Digest
+    epoch: Number
+    silo: SiloId
+    instance: Attempt
+    seed_key: SealKey
+    dh_key: Key
+    basis: Digest
+
+
+class Roster(Wire, kw_only=True):
+    """All notes of an epoch, as signed, by ascending silo. epoch_ctx is computed over this struct's bytes."""
+
+    contract: Digest
+    epoch: Number
+    notes: tuple[bytes, ...]
+
+
+class PairSeeds(Wire, kw_only=True):
+    """One sealed 32-byte seed per peer, by ascending peer. Signing it also signs the roster: its context is epoch_ctx."""
+
+    epoch: Number
+    silo: SiloId
+    sealed: tuple[tuple[SiloId, bytes], ...]
+
+
+class Confirmation(Wire, kw_only=True):
+    """Key confirmation per peer, by ascending peer: HKDF-Expand(s_ij, "gsum/1 confirm" ...)."""
+
+    epoch: Number
+    silo: SiloId
+    tags: tuple[tuple[SiloId, Digest], ...]
+
+
+class Manifest(Wire, kw_only=True):
+    """What one round is. round_ctx is the SHA-256 of this struct's bytes."""
+
+    epoch_ctx: Digest
+    epoch: Number
+    round: Number
+    previous: Digest
+    base_state: Digest
+    dimension: Number
+    ring_bits: Literal[32]
+    lattice_bits: Number
+    clamp: Number
+    opened_at: int
+    deadline_at: int
+
+
+class Header(Wire, kw_only=True):
+    """A silo's binding, public statement about its masked vector."""
+
+    round_ctx: Digest
+    silo: SiloId
+    attempt: Attempt
+    ledger_counter: Number
+    dimension: Number
+    root: Digest
+    self_commitment: Digest
+    pair_commitments: tuple[tuple[SiloId, Digest], ...]
+
+
+class Upload(Wire, kw_only=True):
+    """A silo's one large message: its signed header, and the masked vector sealed to the aggregator."""
+
+    header: bytes
+    sealed: bytes
+
+
+class Freeze(Wire, kw_only=True):
+    """The set U that the aggregator proposes: every member's signed header, by ascending silo."""
+
+    round_ctx: Digest
+    headers: tuple[bytes, ...]
+
+
+class Consent(Wire, kw_only=True):
+    """A silo's agreement that its vector is summed with exactly the set ``frozen`` (digest of U)."""
+
+    round_ctx: Digest
+    silo: SiloId
+    frozen: Digest
+
+
+class Certificate(Wire, kw_only=True):
+    """All consents, as signed, by ascending silo."""
+
+    round_ctx: Digest
+    frozen: Digest
+    consents: tuple[bytes, ...]
+
+
+class Release(Wire, kw_only=True):
+    """A silo's self-mask seed, sealed to the aggregator, sent only against a certificate."""
+
+    round_ctx: Digest
+    silo: SiloId
+    frozen: Digest
+    sealed: bytes
+
+
+class Outcome(Wire, kw_only=True):
+    """How a round ended. For ``result``: the sum (little-endian uint32), the seeds by ascending silo, the next state's digest."""
+
+    round_ctx: Digest
+    round: Number
+    kind: Literal["result", "void"]
+    reason: str
+    frozen: bytes
+    total: bytes
+    seeds: tuple[tuple[SiloId, Digest], ...]
+    next_state: Digest
+
+
+class Acknowledgement(Wire, kw_only=True):
+    """A silo's own digest of the state after a round, computed by itself from the outcome."""
+
+    round_ctx: Digest
+    silo: SiloId
+    outcome: Digest
+    state: Digest
+
+
+W = TypeVar("W", bound=Wire)
+
+
+def encode(message: Wire) -> bytes:
+    """The canonical bytes of a message."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[W]) -> W:
+    """The message in ``data``, which must be its one canonical encoding.
+
+    Raises:
+        TrustError: not MessagePack, another shape, a value out of range, or not the canonical bytes.
+    """
+    try:
+        message = msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+        raise _malformed(kind, str(error)) from error
+    if encode(message) != data:
+        raise _malformed(kind, "the bytes are not the canonical encoding of what they say")
+    return message
+
+
+def _malformed(kind: type[Wire], why: str) -> TrustError:
+    return TrustError(
+        f"malformed {kind.__name__.lower()}: {why}",
+        hint="run compatible versions on both sides; otherwise the sender or the line is faulty",
+        code="malformed",
+        type=kind.__name__,
+    )

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Durable writes: whole or not at all, also on a disk that is really full and in a process that is really killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from privacy import files
+from privacy.errors import Equivocation, MachineError
+
+
+def test_write_once_finds_the_same_bytes_and_refuses_others(tmp_path: Path) -> None:
+    path = tmp_path / "promise"
+    files.write_once(path, b"one")
+    files.write_once(path, b"one")
+    with pytest.raises(Equivocation, match="promise"):
+        files.write_once(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert os.listdir(tmp_path) == ["promise"]
+
+
+def test_write_atomic_replaces_and_sets_the_mode(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    files.write_atomic(path, b"a", mode=files.PRIVATE)
+    files.write_atomic(path, b"b", mode=files.PRIVATE)
+    assert path.read_bytes() == b"b"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # the kernel refuses every byte past 100: EFBIG, as ENOSPC would
+from privacy import files
+from privacy.errors import MachineError
+path = Path(sys.argv[2])
+try:
+    {"atomic": files.write_atomic, "once": files.write_once, "append": files.append_line}[sys.argv[1]](path, b"x" * 300)
+except MachineError as error:
+    print(error.code)
+"""
+
+
+@pytest.mark.parametrize("how", ["atomic", "once", "append"])
+def test_a_write_the_disk_refuses_leaves_the_old_content_whole(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "file"
+    if how != "once":
+        path.write_bytes(b"old\n")
+    done = subprocess.run([sys.executable, "-c", FULL, how, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "cannot-write", done.stderr
+    assert not path.exists() if how == "once" else path.read_bytes() == b"old\n"
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+def test_append_line_adds_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    for line in (b"a", b"b"):
+        files.append_line(path, line)
+    assert path.read_bytes() == b"a\nb\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+LOOP = """
+import sys
+from pathlib import Path
+from privacy import files
+n = 0
+while True:
+    n += 1
+    files.write_atomic(Path(sys.argv[1]), (b"%d;" % n) * 20000)
+"""
+
+
+def test_a_process_killed_while_writing_leaves_one_whole_version(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    child = subprocess.Popen([sys.executable, "-c", LOOP, str(path)])
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    parts = path.read_bytes().split(b";")
+    assert len(parts) == 20001
+    assert len(set(parts[:-1])) == 1
+
+
+def test_the_lock_is_exclusive_between_processes_and_freed_by_death(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = "import sys,time; from pathlib import Path; from privacy import files\nwith files.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(MachineError, match="another process"), files.locked(lock):
+        pass
+    child.kill()
+    child.wait()
+    with files.locked(lock):
+        assert lock.exists()

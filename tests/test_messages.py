@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder accepts exactly what the encoder writes."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from privacy import messages
+from privacy.errors import TrustError
+
+MANIFEST = messages.Manifest(
+    epoch_ctx=b"e" * 32, epoch=1, round=7, previous=b"p" * 32, base_state=b"s" * 32, dimension=12, ring_bits=32, lattice_bits=20, clamp=99,
+    opened_at=1, deadline_at=2,
+)  # fmt: skip
+
+
+def test_what_is_encoded_is_decoded() -> None:
+    assert messages.decode(messages.encode(MANIFEST), messages.Manifest) == MANIFEST
+
+
+@given(st.integers(0, len(messages.encode(MANIFEST)) - 1), st.integers(1, 255))
+def test_a_flipped_byte_is_refused_or_says_something_else(position: int, flip: int) -> None:
+    bent = bytearray(messages.encode(MANIFEST))
+    bent[position] ^= flip
+    try:
+        other = messages.decode(bytes(bent), messages.Manifest)
+    except TrustError:
+        return
+    assert other != MANIFEST
+    assert messages.encode(other) == bytes(bent)
+
+
+@given(st.binary(max_size=200))
+def test_noise_never_raises_anything_but_trust_errors(data: bytes) -> None:
+    for kind in (messages.Manifest, messages.Signed, messages.Upload, messages.Freeze, messages.Outcome):
+        try:
+            messages.decode(data, kind)
+        except TrustError as error:
+            assert error.code == "malformed"
+
+
+def test_trailing_bytes_wide_integers_and_long_arrays_are_refused() -> None:
+    raw = messages.encode(MANIFEST)
+    fields = msgspec.msgpack.decode(raw)
+    for other in (
+        raw + b"\x00",
+        msgspec.msgpack.encode([*fields, 1]),
+        msgspec.msgpack.encode(fields[:-1]),
+        raw.replace(b"\x0c", b"\xcc\x0c"),
+    ):
+        assert other != raw
+        with pytest.raises(TrustError, match="malformed manifest"):
+            messages.decode(other, messages.Manifest)
+
+
+def test_deep_nesting_is_refused_not_a_crash() -> None:
+    with pytest.raises(TrustError):
+        messages.decode(b"\x91" * 100_000, messages.Freeze)
+
+
+def test_digests_of_another_length_are_refused() -> None:
+    bent = msgspec.structs.replace(MANIFEST, base_state=b"short")
+    with pytest.raises(TrustError):
+        messages.decode(messages.encode(bent), messages.Manifest)
+
+
+def test_every_aggregator_kind_is_a_kind() -> None:
+    assert set(messages.KINDS) >= messages.AGGREGATOR_KINDS

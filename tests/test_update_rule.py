@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update rule against an independent implementation in exact order, and its refusals."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privacy import federation, update_rule
+from privacy.errors import RoundError, TrustError
+from tests.terms import contract_bytes
+
+
+@pytest.fixture(scope="module")
+def terms() -> federation.Contract:
+    return federation.parse(contract_bytes()).terms
+
+
+def scalar_adam(totals: list[int], terms: federation.Contract) -> float:
+    """Adam on one coordinate in Python floats, written from the specification's expression tree."""
+    t, p = terms.training, terms.privacy
+    theta = m = v = 0.0
+    b1 = b2 = 1.0
+    for k, s in enumerate(totals):
+        g = (float(s) * (p.max_grad_norm / float(2**p.lattice_bits))) / terms.divisor
+        b1, b2 = b1 * t.beta1, b2 * t.beta2
+        m = (m * t.beta1) + (g * (1.0 - t.beta1))
+        v = (v * t.beta2) + ((g * g) * (1.0 - t.beta2))
+        theta = theta - update_rule.learning_rate(t, k) * ((m / (1.0 - b1)) / (math.sqrt(v / (1.0 - b2)) + t.epsilon))
+    return theta
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=20))
+def test_adam_is_bit_equal_to_python_floats(totals: list[int]) -> None:
+    terms = federation.parse(contract_bytes()).terms
+    state = update_rule.initial(terms)
+    for s in totals:
+        state = update_rule.advance(state, np.full(terms.dimension, s, dtype=np.int64), terms)
+    expected = scalar_adam(totals, terms)
+    assert state.theta[0] == state.theta[-1] == expected
+    assert state.applied == len(totals)
+
+
+def test_sgd_with_momentum_is_bit_equal_to_python_floats(terms: federation.Contract) -> None:
+    training = msgspec.structs.replace(terms.training, optimizer="sgd", momentum=0.5)
+    sgd = msgspec.structs.replace(terms, training=training)
+    state, theta, m = update_rule.initial(sgd), 0.0, 0.0
+    for k, s in enumerate([5, -(2**30), 7]):
+        state = update_rule.advance(state, np.full(sgd.dimension, s, dtype=np.int64), sgd)
+        m = (m * 0.5) + (float(s) * (sgd.privacy.max_grad_norm / float(2**sgd.privacy.lattice_bits))) / sgd.divisor
+        theta = theta - update_rule.learning_rate(training, k) * m
+    assert state.theta[3] == theta
+
+
+def test_state_round_trips_and_every_flipped_byte_changes_the_digest_or_is_refused(terms: federation.Contract) -> None:
+    state = update_rule.advance(update_rule.initial(terms), np.arange(terms.dimension, dtype=np.int64), terms)
+    raw = state.to_bytes()
+    assert update_rule.State.from_bytes(raw).digest == state.digest
+    for position in range(0, len(raw), 97):
+        bent = bytearray(raw)
+        bent[position] ^= 1
+        try:
+            other = update_rule.State.from_bytes(bytes(bent))
+        except TrustError:
+            continue
+        assert other.digest != state.digest
+    with pytest.raises(TrustError):
+        update_rule.State.from_bytes(raw[:-1])
+
+
+def test_a_non_finite_update_is_refused_and_the_old_state_stands(terms: federation.Contract) -> None:
+    state = update_rule.initial(terms)
+    huge = msgspec.structs.replace(state, first_moment=np.full(terms.dimension, np.finfo(float).max), beta1_power=1.0)
+    training = msgspec.structs.replace(terms.training, optimizer="sgd", momentum=0.99, learning_rate=1e9)
+    with pytest.raises(RoundError, match="not finite"):
+        update_rule.advance(huge, np.zeros(terms.dimension, dtype=np.int64), msgspec.structs.replace(terms, training=training))
+    assert np.all(state.theta == 0.0)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays(terms: federation.Contract) -> None:
+    t = msgspec.structs.replace(
+        terms.training, rounds=100, learning_rate=1.0, warmup_rounds=10, decay_rounds=20, final_fraction=0.1
+    )
+    rates = [update_rule.learning_rate(t, k) for k in range(101)]
+    assert rates[0] == 0.1
+    assert rates[9] == rates[50] == rates[80] == 1.0
+    assert rates[90] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_a_sum_beyond_what_n_silos_can_reach_is_not_accepted(terms: federation.Contract) -> None:
+    plan = federation.ring_plan(terms)
+    edge = plan.clamp * terms.silos + plan.headroom
+    total = np.zeros(terms.dimension, dtype=np.int64)
+    total[0] = edge
+    assert update_rule.accepts(total, terms)
+    total[0] = -edge - 1
+    assert not update_rule.accepts(total, terms)
+
+
+def test_this_machine_reaches_the_known_answer() -> None:
+    assert update_rule.known_trajectory() == update_rule.KNOWN_ANSWER
+
+
+def test_only_exact_operations_are_used() -> None:
+    """The source calls no numpy function whose result a library may choose."""
+    source = Path(update_rule.__file__).read_text(encoding="utf-8").split('"""', 2)[2]
+    for banned in ("np.power", "np.exp", "np.cos", "np.sum", "np.mean", "np.dot", "np.linalg", "np.einsum", ".sum(", ".mean("):
+        assert banned not in source, banned
+
+
+def test_it_loads_no_torch() -> None:
+    code = "import sys, privacy.update_rule; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
