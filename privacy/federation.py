@@ -25,16 +25,16 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
-Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
+Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}\Z")]
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the contract's tables: unknown keys are refused."""
 
 
-class Task(Table, kw_only=True):
+class Task(Table, frozen=True, kw_only=True):
     """What is learned. ``labels`` is the public label space; a label's position is its class."""
 
     kind: Literal["text-classification"] = "text-classification"
@@ -43,7 +43,7 @@ class Task(Table, kw_only=True):
     max_length: Annotated[int, msgspec.Meta(ge=4, le=131072)]
 
 
-class Model(Table, kw_only=True):
+class Model(Table, frozen=True, kw_only=True):
     """The frozen base model, pinned by the digest of privacy.base_model."""
 
     name: str
@@ -52,7 +52,7 @@ class Model(Table, kw_only=True):
     pooling: Literal["mean", "cls", "last"] = "mean"
 
 
-class Adapter(Table, kw_only=True):
+class Adapter(Table, frozen=True, kw_only=True):
     """LoRA-SB layers: W + B·R·A with r×r R on each of ``modules``, in this order, then the task head."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
@@ -62,7 +62,7 @@ class Adapter(Table, kw_only=True):
     head_scale: Positive = 1.0
 
 
-class Training(Table, kw_only=True):
+class Training(Table, frozen=True, kw_only=True):
     """The update rule (PRIVACY.md §7) and its schedule; rounds is the declared plan T."""
 
     mode: Literal["joint"] = "joint"
@@ -78,7 +78,7 @@ class Training(Table, kw_only=True):
     final_fraction: Unit = 0.0
 
 
-class Privacy(Table, kw_only=True):
+class Privacy(Table, frozen=True, kw_only=True):
     """The mechanism (PRIVACY.md §1 to §3). ``units`` is a rounded public figure per silo, never derived from records."""
 
     unit: str = "record"
@@ -93,7 +93,7 @@ class Privacy(Table, kw_only=True):
     lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
 
 
-class Sum(Table, kw_only=True):
+class Sum(Table, frozen=True, kw_only=True):
     """The secure sum (PROTOCOL.md). Consent mode: every silo signs for every sum that holds its vector."""
 
     protocol: Literal["consent"] = "consent"
@@ -103,7 +103,7 @@ class Sum(Table, kw_only=True):
     two_silos_see_each_other: bool = False
 
 
-class Aggregator(Table, kw_only=True):
+class Aggregator(Table, frozen=True, kw_only=True):
     """The coordinator's identity: its Ed25519 key signs, its X-Wing key receives."""
 
     name: Name
@@ -111,7 +111,7 @@ class Aggregator(Table, kw_only=True):
     seal_key: Hex1216
 
 
-class Member(Table, kw_only=True):
+class Member(Table, frozen=True, kw_only=True):
     """A silo's public identity, as its own ``identity.pub`` states it."""
 
     id: Annotated[int, msgspec.Meta(ge=1, lt=2**16)]
@@ -120,14 +120,14 @@ class Member(Table, kw_only=True):
     sign_key: Hex32
 
 
-class Contract(Table, kw_only=True):
+class Contract(Table, frozen=True, kw_only=True):
     """One version of a federation's terms; see the module docstring. ``digest`` and ``raw`` come from ``parse``."""
 
     format: Literal["siloquy/1"]
     version: Count
     name: Name
-    previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?$")] = ""
-    expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
     task: Task
     model: Model
     adapter: Adapter

@@ -38,7 +38,7 @@ class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """Base of all wire types; see the module docstring for the encoding."""
 
 
-class Signed(Wire, kw_only=True):
+class Signed(Wire, frozen=True, kw_only=True):
     """A document and its author's signature over the body's exact bytes (privacy.envelope)."""
 
     version: Literal["gsum/1"]
@@ -49,21 +49,21 @@ class Signed(Wire, kw_only=True):
     signature: Signature
 
 
-class Countersignature(Wire, kw_only=True):
+class Countersignature(Wire, frozen=True, kw_only=True):
     """A member's agreement to one contract version. The signature also proves possession of the member's key."""
 
     contract: Digest
     member: SiloId
 
 
-class EpochCall(Wire, kw_only=True):
+class EpochCall(Wire, frozen=True, kw_only=True):
     """The aggregator asks all members for epoch keys."""
 
     contract: Digest
     epoch: Number
 
 
-class EpochNote(Wire, kw_only=True):
+class EpochNote(Wire, frozen=True, kw_only=True):
     """A member's fresh keys for one epoch. ``basis`` is the digest of the (A, B) that it computed itself."""
 
     contract: Digest
@@ -75,7 +75,7 @@ class EpochNote(Wire, kw_only=True):
     basis: Digest
 
 
-class Roster(Wire, kw_only=True):
+class Roster(Wire, frozen=True, kw_only=True):
     """All notes of an epoch, as signed, by ascending silo. epoch_ctx is computed over this struct's bytes."""
 
     contract: Digest
@@ -83,7 +83,7 @@ class Roster(Wire, kw_only=True):
     notes: tuple[bytes, ...]
 
 
-class PairSeeds(Wire, kw_only=True):
+class PairSeeds(Wire, frozen=True, kw_only=True):
     """One sealed 32-byte seed per peer, by ascending peer. Signing it also signs the roster: its context is epoch_ctx."""
 
     epoch: Number
@@ -91,7 +91,7 @@ class PairSeeds(Wire, kw_only=True):
     sealed: tuple[tuple[SiloId, bytes], ...]
 
 
-class Confirmation(Wire, kw_only=True):
+class Confirmation(Wire, frozen=True, kw_only=True):
     """Key confirmation per peer, by ascending peer: HKDF-Expand(s_ij, "gsum/1 confirm" ...)."""
 
     epoch: Number
@@ -99,7 +99,7 @@ class Confirmation(Wire, kw_only=True):
     tags: tuple[tuple[SiloId, Digest], ...]
 
 
-class Manifest(Wire, kw_only=True):
+class Manifest(Wire, frozen=True, kw_only=True):
     """What one round is. round_ctx is the SHA-256 of this struct's bytes."""
 
     epoch_ctx: Digest
@@ -115,7 +115,7 @@ class Manifest(Wire, kw_only=True):
     deadline_at: int
 
 
-class Header(Wire, kw_only=True):
+class Header(Wire, frozen=True, kw_only=True):
     """A silo's binding, public statement about its masked vector."""
 
     round_ctx: Digest
@@ -128,21 +128,21 @@ class Header(Wire, kw_only=True):
     pair_commitments: tuple[tuple[SiloId, Digest], ...]
 
 
-class Upload(Wire, kw_only=True):
+class Upload(Wire, frozen=True, kw_only=True):
     """A silo's one large message: its signed header, and the masked vector sealed to the aggregator."""
 
     header: bytes
     sealed: bytes
 
 
-class Freeze(Wire, kw_only=True):
+class Freeze(Wire, frozen=True, kw_only=True):
     """The set U that the aggregator proposes: every member's signed header, by ascending silo."""
 
     round_ctx: Digest
     headers: tuple[bytes, ...]
 
 
-class Consent(Wire, kw_only=True):
+class Consent(Wire, frozen=True, kw_only=True):
     """A silo's agreement that its vector is summed with exactly the set ``frozen`` (digest of U)."""
 
     round_ctx: Digest
@@ -150,7 +150,7 @@ class Consent(Wire, kw_only=True):
     frozen: Digest
 
 
-class Certificate(Wire, kw_only=True):
+class Certificate(Wire, frozen=True, kw_only=True):
     """All consents, as signed, by ascending silo."""
 
     round_ctx: Digest
@@ -158,7 +158,7 @@ class Certificate(Wire, kw_only=True):
     consents: tuple[bytes, ...]
 
 
-class Release(Wire, kw_only=True):
+class Release(Wire, frozen=True, kw_only=True):
     """A silo's self-mask seed, sealed to the aggregator, sent only against a certificate."""
 
     round_ctx: Digest
@@ -167,7 +167,7 @@ class Release(Wire, kw_only=True):
     sealed: bytes
 
 
-class Outcome(Wire, kw_only=True):
+class Outcome(Wire, frozen=True, kw_only=True):
     """How a round ended. For ``result``: the sum (little-endian uint32), the seeds by ascending silo, the next state's digest."""
 
     round_ctx: Digest
@@ -180,7 +180,7 @@ class Outcome(Wire, kw_only=True):
     next_state: Digest
 
 
-class Acknowledgement(Wire, kw_only=True):
+class Acknowledgement(Wire, frozen=True, kw_only=True):
     """A silo's own digest of the state after a round, computed by itself from the outcome."""
 
     round_ctx: Digest
@@ -205,7 +205,7 @@ def decode(data: bytes, kind: type[W]) -> W:
     """
     try:
         message = msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
         raise _malformed(kind, str(error)) from error
     if encode(message) != data:
         raise _malformed(kind, "the bytes are not the canonical encoding of what they say")

@@ -52,7 +52,7 @@ def contract_bytes(
             f"id = {index}",
             f'name = "silo-{index}"',
             f'organisation = "Hospital {index}"',
-            f'sign_key = "{key}"',
+            f"sign_key = {_toml(key)}",
         ]
     return ("\n".join(lines) + "\n").encode()
 
@@ -61,7 +61,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)

@@ -45,6 +45,7 @@ def test_the_dimension_counts_every_core_and_the_head() -> None:
         ({"training": {"rounds": 0}}, "rounds"),
         ({"training": {"learning_rate": -1.0}}, "learning_rate"),
         ({"version": 0}, "version"),
+        ({"sign_keys": [public(1), public(1) + "\\n", public(2)]}, "sign_key"),
         ({"silos": 2}, "below 3"),
         ({"sign_keys": [public(1), public(1), public(2)]}, "share one sign_key"),
     ],

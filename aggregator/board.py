@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The board: what members may write, once, and everybody may read.
+
+Promised: the same bytes for the same slot are accepted any number of times, also after the round is settled, so a retry
+never fails; other bytes are refused by name, and only their owner's signature can accuse an owner of equivocation. Waiting
+is the caller's. The coordinator does not come through here: it writes its own documents into the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Literal
+
+from aggregator import rounds
+from aggregator.admission import cap
+from aggregator.rounds import Documents
+from aggregator.store import Store
+from privacy.messages import Kind, Outcome, Signed, decode
+
+Admission = Callable[[Kind, int, int, bytes, Documents], None]
+
+
+class Board:
+    """Members' access to a store.
+
+    Args:
+        admission: aggregator.admission.admit, or a stricter one.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, store: Store, admission: Admission, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._admission = admission
+        self._clock = clock
+
+    def put(self, kind: Kind, number: int, party: int, data: bytes) -> Literal["created", "same"]:
+        """Write a member's document, once.
+
+        Raises:
+            TrustError, Replay, RoundError: aggregator.admission refuses it.
+            Equivocation: the slot holds another document of this member.
+            MachineError: it cannot be stored.
+        """
+        found = self._store.entry(kind, number, party)
+        if found is not None and found.digest == hashlib.sha256(data).digest():
+            return "same"
+        self._admission(kind, number, party, data, self._store)
+        return self._store.put_once(kind, number, party, data, received_at=self._clock())
+
+    def has(self, kind: Kind, number: int, party: int) -> bool:
+        """Whether the slot is taken; cheap, for polling."""
+        return self._store.entry(kind, number, party) is not None
+
+    def get(self, kind: Kind, number: int, party: int) -> bytes | None:
+        """The document, or None. Raises TrustError when the evidence is damaged."""
+        return self._store.get(kind, number, party)
+
+    def cap(self, kind: Kind) -> int:
+        """The most bytes a member's document of this kind may have now; 0 without a contract."""
+        accepted = rounds.accepted_in(self._store)
+        return 0 if accepted is None else cap(kind, accepted)
+
+    def status(self) -> dict[str, object]:
+        """Public facts: contract, latest epoch and round, and how the latest settled round ended. A hint, never to act on."""
+        accepted = rounds.accepted_in(self._store)
+        settled = self._store.latest("outcome")
+        raw = None if settled is None else self._store.get("outcome", settled, 0)
+        ended = None if raw is None else decode(decode(raw, Signed).body, Outcome)
+        return {
+            "contract": None if accepted is None else {
+                "name": accepted.terms.name, "version": accepted.terms.version,
+                "digest": accepted.digest.hex(), "rounds": accepted.terms.training.rounds,
+            },
+            "countersigned": [] if accepted is None else list(self._store.parties("countersignature", accepted.terms.version)),
+            "epoch": self._store.latest("epoch"),
+            "round": self._store.latest("manifest"),
+            "outcome": None if ended is None else {"round": ended.round, "kind": ended.kind, "state": ended.next_state.hex()},
+        }  # fmt: skip

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An aggregator is a directory, and ``aggregator.toml`` says where it listens.
+
+::
+
+    aggregator.toml          name, address, database
+    aggregator.key, .pub     who it is: signs, and opens what is sealed to it; the service never reads the .key
+    federation.draft.toml    the terms as the coordinator writes them, until they are signed
+    contract/v<n>.toml       the exact bytes of each signed version
+    documents.sqlite         which document stands in which slot (unless [database] url names another database)
+    evidence/<sha256>        the documents' bytes
+    state/<n>.safetensors    model states, a cache: always derivable from the outcomes
+    service.json             where the running service listens
+
+Nothing in ``aggregator.toml`` touches the mechanism: that stands in the contract. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from privacy import files
+from privacy.errors import ConfigError, MachineError
+from privacy.federation import Name
+
+DEFAULT_PORT = 8470
+
+
+class Listen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the service listens; port 0 takes a free one, which service.json then names."""
+
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=253)] = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = DEFAULT_PORT
+
+
+class Database(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An SQLAlchemy URL; empty means the SQLite file in the home."""
+
+    url: str = ""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of ``aggregator.toml``."""
+
+    name: Name
+    listen: Listen = Listen()
+    database: Database = Database()
+
+
+class Home:
+    """The aggregator's directory; see the module docstring for what lies where.
+
+    Args:
+        root: the directory; it is not created here.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_path = root / "aggregator.toml"
+        self.identity_path = root / "aggregator.key"
+        self.public_path = root / "aggregator.pub"
+        self.draft_path = root / "federation.draft.toml"
+        self.contract_folder = root / "contract"
+        self.evidence_folder = root / "evidence"
+        self.state_folder = root / "state"
+        self.service_path = root / "service.json"
+        self.lock_path = root / "coordinator.lock"
+
+    @classmethod
+    def create(cls, root: Path, config: Config) -> Home:
+        """A new home with its folders and a commented ``aggregator.toml``.
+
+        Raises:
+            ConfigError: there is an aggregator already.
+            MachineError: the directory or a file in it cannot be written.
+        """
+        home = cls(root)
+        if home.config_path.exists():
+            raise ConfigError(
+                f"{home.config_path} exists", hint="choose another folder, or use the aggregator that is there", code="home-exists"
+            )
+        for folder in (root, home.contract_folder, home.evidence_folder, home.state_folder):
+            _make_folder(folder)
+        files.write_atomic(home.config_path, commented(config).encode())
+        return home
+
+    def contract_path(self, version: int) -> Path:
+        """Where the exact bytes of a signed contract version stand."""
+        return self.contract_folder / f"v{version}.toml"
+
+    def database_url(self, config: Config) -> str:
+        """The SQLAlchemy URL of the documents' table."""
+        return config.database.url or f"sqlite:///{self.root / 'documents.sqlite'}"
+
+    def config(self) -> Config:
+        """The home's configuration.
+
+        Raises:
+            ConfigError: there is no aggregator here, or ``aggregator.toml`` is not what it must be.
+        """
+        try:
+            raw = self.config_path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {self.config_path}: {error.strerror}",
+                hint="run `aggregator init`, or name its folder",
+                code="no-home",
+            ) from error
+        return parse(raw)
+
+
+def parse(raw: bytes) -> Config:
+    """The configuration in the bytes of an ``aggregator.toml``. Raises ConfigError naming the key."""
+    try:
+        return msgspec.toml.decode(raw, type=Config)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"aggregator.toml: {error}", hint="the keys are name, [listen] host and port, [database] url", code="config"
+        ) from error
+
+
+def commented(config: Config) -> str:
+    """``aggregator.toml`` for this configuration, every key explained."""
+    return f"""\
+# Where this aggregator listens and keeps its table. The federation's terms stand in the signed contract, not here.
+
+# Lower-case letters, digits, dots and hyphens; the name in the contract.
+name = {_quote(config.name)}
+
+[listen]
+# The address of the interface; put a TLS proxy in front of anything but loopback.
+host = {_quote(config.listen.host)}
+# 0 takes a free port; service.json then names it.
+port = {config.listen.port}
+
+[database]
+# An SQLAlchemy URL; empty: documents.sqlite in this folder.
+url = {_quote(config.database.url)}
+"""
+
+
+def _quote(text: str) -> str:
+    if not text.isprintable():
+        raise ConfigError(f"{text!r} has characters that are not printable", hint="leave them out", code="config")
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"cannot make {path}: {error.strerror}", hint="choose another folder, or mend its permissions", code="cannot-write"
+        ) from error

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The aggregator's side of the protocol as pure functions: from the documents that exist to the next one it may write.
+
+Nothing here touches a disk, a network or a clock; times come in as numbers. Promised: a body is made only when everything
+it rests on was verified against the contract, and the same documents give the same body, so a coordinator that was killed
+writes the same bytes again. Not promised: that a silo is honest; see privacy.guardian_sum for what a set proves.
+
+``previous`` of a manifest, and ``outcome`` of an acknowledgement, are SHA-256 of the outcome's body; before round 1 it is
+the contract's digest. A result whose sum no honest run reaches, or whose next state would not be finite, moves nothing:
+its reason is "rejected".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy import envelope, epoch, federation, guardian_sum, ring, update_rule
+from privacy.errors import RoundError, TrustError
+from privacy.federation import Accepted, Contract, Member
+from privacy.guardian_sum import Certified, Frozen
+from privacy.messages import (
+    AGGREGATOR,
+    Acknowledgement,
+    Certificate,
+    EpochCall,
+    Freeze,
+    Kind,
+    Manifest,
+    Outcome,
+    Roster,
+    Signed,
+    Wire,
+    decode,
+)
+from privacy.update_rule import State
+
+Words = NDArray[np.uint32]
+W = TypeVar("W", bound=Wire)
+
+ABSENT: Final = "absent"
+REJECTED: Final = "rejected"
+NO_FROZEN: Final = b""
+
+
+class Documents(Protocol):
+    """Read access to the board; aggregator.store.Store is one, a dictionary in the tests another."""
+
+    def get(self, kind: str, number: int, party: int) -> bytes | None:
+        """The document in this slot, or None."""
+        ...
+
+    def parties(self, kind: str, number: int) -> tuple[int, ...]:
+        """Who wrote one of this kind and number, ascending."""
+        ...
+
+    def latest(self, kind: str) -> int | None:
+        """The highest number of this kind, or None."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """An epoch whose roster stands: its number and epoch_ctx."""
+
+    number: int
+    context: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """An opened round: its manifest, round_ctx, and the epoch_ctx in which all its documents are signed."""
+
+    manifest: Manifest
+    ctx: bytes
+    context: bytes
+
+    @property
+    def number(self) -> int:
+        """The round's number."""
+        return self.manifest.round
+
+
+# --- What stands on the board -------------------------------------------------------------------------------------------
+
+
+def accepted_in(documents: Documents) -> Accepted | None:
+    """The latest contract on the board, its signature verified, or None before the first."""
+    version = documents.latest("contract")
+    raw = None if version is None else documents.get("contract", version, AGGREGATOR)
+    return None if raw is None else open_contract(raw)
+
+
+@functools.lru_cache(maxsize=4)
+def open_contract(raw: bytes) -> Accepted:
+    """The contract in its signed document; the key that signed it is the one that it names itself.
+
+    Raises:
+        TrustError: malformed, or not signed by that key.
+        ConfigError: the terms are not valid.
+    """
+    accepted = federation.parse(decode(raw, Signed).body)
+    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    envelope.open_signed(raw, type="contract", context=accepted.digest, sender=AGGREGATOR, key=key)
+    return accepted
+
+
+def own(documents: Documents, accepted: Accepted, kind: Kind, number: int, context: bytes) -> bytes | None:
+    """The body of one of the aggregator's documents, its signature verified, or None when it does not stand yet."""
+    raw = documents.get(kind, number, AGGREGATOR)
+    if raw is None:
+        return None
+    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    return envelope.open_signed(raw, type=kind, context=context, sender=AGGREGATOR, key=key)
+
+
+def epoch_in(documents: Documents, accepted: Accepted, number: int) -> Epoch | None:
+    """The epoch with this number, or None while its roster does not stand."""
+    body = own(documents, accepted, "roster", number, accepted.digest)
+    return None if body is None else Epoch(number=number, context=epoch.epoch_ctx(accepted.digest, number, body))
+
+
+def round_in(documents: Documents, accepted: Accepted, number: int) -> Round | None:
+    """The round with this number, or None while its manifest does not stand.
+
+    Raises:
+        TrustError: the manifest is not the aggregator's, or names an epoch that does not stand.
+    """
+    raw = documents.get("manifest", number, AGGREGATOR)
+    if raw is None:
+        return None
+    stated = decode(decode(raw, Signed).body, Manifest)
+    at = epoch_in(documents, accepted, stated.epoch)
+    if at is None or at.context != stated.epoch_ctx:
+        raise TrustError(
+            f"the manifest of round {number} names another epoch {stated.epoch} than the board has", hint="keep it, it is evidence"
+        )
+    body = own(documents, accepted, "manifest", number, at.context)
+    return Round(manifest=stated, ctx=guardian_sum.round_ctx(body or b""), context=at.context)
+
+
+def outcome_in(documents: Documents, accepted: Accepted, opened: Round) -> tuple[bytes, Outcome] | None:
+    """The round's outcome as (body, message), or None while it is open."""
+    body = own(documents, accepted, "outcome", opened.number, opened.context)
+    return None if body is None else (body, decode(body, Outcome))
+
+
+# --- Epoch ---------------------------------------------------------------------------------------------------------------
+
+
+def call(accepted: Accepted, number: int) -> EpochCall:
+    """The call for epoch keys."""
+    return EpochCall(contract=accepted.digest, epoch=number)
+
+
+def roster(accepted: Accepted, number: int, notes: Mapping[int, bytes]) -> Roster:
+    """The roster of all members' notes.
+
+    Raises:
+        RoundError: a member's note is missing.
+        TrustError: privacy.epoch.check_roster refuses it; the message names the silos.
+    """
+    made = Roster(contract=accepted.digest, epoch=number, notes=_by_member(accepted.terms, notes, "epoch note"))
+    epoch.check_roster(made, accepted)
+    return made
+
+
+# --- Round ---------------------------------------------------------------------------------------------------------------
+
+
+def manifest(*, accepted: Accepted, at: Epoch, number: int, previous: bytes, state: State, now: float) -> Manifest:
+    """What round ``number`` is: the contract's integer plan, the state it starts from, and when uploads must be here."""
+    plan = federation.ring_plan(accepted.terms)
+    return Manifest(
+        epoch_ctx=at.context, epoch=at.number, round=number, previous=previous, base_state=state.digest,
+        dimension=accepted.terms.dimension, ring_bits=32, lattice_bits=plan.lattice_bits, clamp=plan.clamp,
+        opened_at=int(now), deadline_at=int(now) + accepted.terms.sum.deadline_s,
+    )  # fmt: skip
+
+
+def freeze(accepted: Accepted, opened: Round, headers: Mapping[int, bytes]) -> tuple[Freeze, Frozen]:
+    """The set of all members' headers, to be proposed, and the same verified.
+
+    Raises:
+        RoundError: a member's header is missing.
+        TrustError: privacy.guardian_sum.check_freeze refuses the set; the message names the silos.
+    """
+    made = Freeze(round_ctx=opened.ctx, headers=_by_member(accepted.terms, headers, "upload"))
+    frozen = guardian_sum.check_freeze(made, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx, own_header=None)
+    return made, frozen
+
+
+def certificate(accepted: Accepted, opened: Round, frozen: Frozen, consents: Mapping[int, bytes]) -> tuple[Certificate, Certified]:
+    """All members' consents to ``frozen``, and the proof that they are all there.
+
+    Raises:
+        RoundError: a consent is missing.
+        TrustError: one is not for this set; the message names the silo.
+    """
+    made = Certificate(round_ctx=opened.ctx, frozen=frozen.digest, consents=_by_member(accepted.terms, consents, "consent"))
+    return made, guardian_sum.check_certificate(made, frozen, accepted=accepted, epoch_ctx=opened.context)
+
+
+def result(
+    accepted: Accepted, opened: Round, state: State, certified: Certified, total: Words, seeds: Mapping[int, bytes]
+) -> tuple[Outcome, State]:
+    """The outcome of a round that was summed, and the state after it."""
+    after, reason = apply(state, total, accepted.terms)
+    made = Outcome(
+        round_ctx=opened.ctx, round=opened.number, kind="result", reason=reason, frozen=certified.frozen.digest,
+        total=total.astype("<u4").tobytes(), seeds=tuple(sorted(seeds.items())), next_state=after.digest,
+    )  # fmt: skip
+    return made, after
+
+
+def void(opened: Round, state: State, reason: str) -> Outcome:
+    """The outcome of a round that ends without a sum; the state does not move."""
+    return Outcome(
+        round_ctx=opened.ctx, round=opened.number, kind="void", reason=reason, frozen=NO_FROZEN, total=b"", seeds=(),
+        next_state=state.digest,
+    )  # fmt: skip
+
+
+def open_acknowledgement(raw: bytes, opened: Round, member: Member) -> Acknowledgement:
+    """The member's acknowledgement of this round; which outcome and state it names is the caller's to compare.
+
+    Raises:
+        TrustError: not signed by the member in this epoch, or it names another silo or round.
+    """
+    key = bytes.fromhex(member.sign_key)
+    body = envelope.open_signed(raw, type="acknowledgement", context=opened.context, sender=member.id, key=key)
+    stated = decode(body, Acknowledgement)
+    if (stated.silo, stated.round_ctx) != (member.id, opened.ctx):
+        raise TrustError(
+            f"acknowledgement {opened.number} of silo {member.id} says silo {stated.silo}, round {stated.round_ctx.hex()[:16]}…",
+            hint="that silo's software is faulty",
+            code="wrong-round",
+        )
+    return stated
+
+
+def apply(state: State, total: Words, terms: Contract) -> tuple[State, str]:
+    """The state after a sum, and the outcome's reason: "" when it moved, "rejected" when the sum was not to be believed.
+
+    Raises:
+        MachineError: this machine's floating point is not IEEE 754.
+    """
+    lifted = ring.lift(total)
+    if not update_rule.accepts(lifted, terms):
+        return state, REJECTED
+    try:
+        return update_rule.advance(state, lifted, terms), ""
+    except RoundError:  # not finite
+        return state, REJECTED
+
+
+def settle(state: State, outcome: Outcome, terms: Contract) -> State:
+    """The state after an outcome, computed again from the state before it.
+
+    Raises:
+        TrustError: the outcome names another state, reason or length of sum than the arithmetic gives.
+    """
+    after = state
+    if outcome.kind == "result":
+        if len(outcome.total) != 4 * terms.dimension:
+            raise _other_state(outcome, f"its sum has {len(outcome.total)} bytes, the contract has {4 * terms.dimension}")
+        after, reason = apply(state, np.frombuffer(outcome.total, dtype="<u4"), terms)
+        if reason != outcome.reason:
+            raise _other_state(outcome, f"its reason is {outcome.reason!r}, the arithmetic gives {reason!r}")
+    if after.digest != outcome.next_state:
+        raise _other_state(
+            outcome, f"it names state {outcome.next_state.hex()[:16]}…, the arithmetic gives {after.digest.hex()[:16]}…"
+        )
+    return after
+
+
+def _by_member(terms: Contract, documents: Mapping[int, bytes], what: str) -> tuple[bytes, ...]:
+    missing = [member.id for member in terms.member if member.id not in documents]
+    if missing:
+        raise RoundError(
+            f"no {what} from silos {missing}", hint="start them, then run the same command again", code="absent", missing=missing
+        )
+    return tuple(documents[member.id] for member in terms.member)
+
+
+def _other_state(outcome: Outcome, why: str) -> TrustError:
+    return TrustError(
+        f"the outcome of round {outcome.round} does not hold: {why}",
+        hint="restore the folder evidence/ from a backup",
+        code="outcome",
+    )

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``silo``: init, join, train, status, budget, eval. Each command reads its folder, calls the silo wing and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.errors import run
+from cli.options import HERE, SETTINGS, Json, SiloHome
+
+app = typer.Typer(
+    name="silo", rich_markup_mode=None, context_settings=SETTINGS, no_args_is_help=True, add_completion=True,
+    help="""Train a shared model on your own records; nothing leaves but a masked, noised sum.
+
+    \b
+    Examples:
+      silo init --name north --organisation "North Hospital" --aggregator https://hub.example --records notes.jsonl
+      silo join --fingerprint "9c1f 03aa …"
+      silo train --rounds 40
+    """,
+)  # fmt: skip
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="lower-case letters, digits, dots and hyphens")],
+    organisation: Annotated[str, typer.Option(help="as it stands in the register")],
+    aggregator: Annotated[str, typer.Option(help="the aggregator's address, e.g. https://hub.example")],
+    records: Annotated[Path, typer.Option(help="JSON lines, CSV or Parquet; stays on this machine")],
+    fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint; can be given to `silo join`")] = "",
+    epsilon: Annotated[float, typer.Option(help="the most epsilon this silo ever spends on a unit")] = 10.0,
+    delta: Annotated[float, typer.Option(help="the largest delta this silo accepts")] = 1e-5,
+    model: Annotated[str, typer.Option(help="a local copy of the base model")] = "",
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> None:
+    """Create this silo's directory: keys, silo.toml, identity.pub.
+
+    \b
+    Example:
+      silo init --name north --organisation "North Hospital" --aggregator https://hub.example --records notes.jsonl
+    """
+    from cli.output import Output
+    from silo import commands
+
+    made = commands.create(
+        home, name=name, organisation=organisation, url=aggregator, fingerprint=fingerprint, records=records, epsilon=epsilon,
+        delta=delta, model=model,
+    )
+    Output(json=json).result(
+        {"home": str(home), "name": name, "identity": str(made.public_path), "fingerprint": made.fingerprint},
+        [f"silo {name} in {home}", f"fingerprint {made.fingerprint}", f"next: send {made.public_path} to the coordinator, then `silo join`"],
+    )
+
+
+@app.command()
+def join(
+    fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint or the contract's digest")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="agree without being asked (for scripts)")] = False,
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> None:
+    """Read the contract in plain words, check it against this silo, and countersign it.
+
+    \b
+    Examples:
+      silo join --fingerprint "9c1f 03aa …"
+      silo join --fingerprint 5be1… --yes --json
+    """
+    from cli.output import Output
+    from silo import commands
+
+    output = Output(json=json)
+    with commands.joining(home, fingerprint) as visit:
+        for line in visit.words:
+            output.say("  " + line)
+        if not yes and not json:
+            typer.confirm("Does this silo agree to these terms?", abort=True, err=True)
+        member = visit.countersign()
+    output.result(
+        {"member": member.id, "name": member.name, "contract": visit.accepted.digest.hex(), "epsilon": visit.plan_epsilon},
+        [f"countersigned as silo {member.id}; the whole plan costs epsilon {visit.plan_epsilon:.3g}", "next: `silo train`"],
+    )
+
+
+@app.command()
+def train(
+    rounds: Annotated[int | None, typer.Option(min=1, help="take part in this many rounds, then stop")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="take part until the plan is used up or the run ends")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="one step on this machine: time and memory; nothing leaves, nothing is spent")] = False,
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> None:
+    """Take part in rounds: one private step on own records each, masked before it leaves.
+
+    Started again after any interruption it goes on where it stopped.
+
+    \b
+    Examples:
+      silo train --dry-run
+      silo train --rounds 40
+      silo train --watch
+    """
+    from cli.output import Output
+    from silo import commands
+
+    output = Output(json=json)
+    if dry_run:
+        report = commands.dry_run(home)
+        output.result(report, [f"{key}: {value}" for key, value in report.items()])
+        return
+    if rounds is None and not watch:
+        raise typer.BadParameter("say how long: --rounds N, or --watch")
+    with commands.training(home) as session:
+        wanted = rounds if rounds is not None else session.rounds_left
+        for settled in session.take_part(wanted):
+            output.say(
+                f"round {settled.round:>4}  {settled.kind:<6}  epsilon {settled.epsilon:.3f} of {settled.limit:g}  {settled.seconds:5.1f} s"
+                f"  model {settled.state_digest[:12]}"
+            )
+        summary = session.summary()
+    output.result(summary, [f"{summary['rounds']} rounds, epsilon {summary['epsilon']:.3f} of {summary['limit']:g}", f"model {summary['model_digest']}"])
+
+
+@app.command()
+def status(home: SiloHome = HERE, json: Json = False) -> None:
+    """Who this silo is, what it joined, and where it stands.
+
+    \b
+    Example:
+      silo status --json
+    """
+    from cli.output import Output
+    from silo import commands
+
+    facts = commands.status(home)
+    Output(json=json).result(facts, [f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()])
+
+
+@app.command()
+def budget(
+    forecast: Annotated[int, typer.Option(min=0, help="what this many more rounds would cost")] = 0,
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> None:
+    """What this silo has spent, what its limit leaves, and what more rounds would cost.
+
+    \b
+    Examples:
+      silo budget
+      silo budget --forecast 20
+    """
+    from cli.output import Output, bar, table
+    from silo import commands
+
+    facts = commands.budget(home, forecast)
+    lines = [
+        f"epsilon {facts['epsilon']:.4g} of {facts['limit']:g} at delta {facts['delta']:g}   {bar(float(facts['epsilon']), float(facts['limit']))}",
+        f"by PLD {facts['epsilon_pld']:.4g}, by RDP {facts['epsilon_rdp']:.4g}; {facts['steps']} private steps charged",
+    ]
+    ahead = [(row["rounds"], f"{row['epsilon']:.4g}") for row in facts["forecast"]]
+    Output(json=json).result(facts, [*lines, *([table("forecast", ("more rounds", "epsilon"), ahead)] if ahead else [])])
+
+
+@app.command("eval")
+def evaluate(
+    records: Annotated[Path, typer.Option(help="records to evaluate on; the figures stay here")],
+    private_head: Annotated[list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")] = None,
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> None:
+    """Accuracy of the base model and of the federation's model on records of your own.
+
+    The figures depend on records: they are printed here and sent nowhere.
+
+    \b
+    Examples:
+      silo eval --records held-out.jsonl
+      silo eval --records held-out.jsonl --private-head north.jsonl --private-head south.jsonl
+    """
+    from cli.output import Output
+    from silo import commands
+
+    facts = commands.evaluate(home, records, tuple(private_head or ()))
+    lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
+    if facts.get("accuracy_head") is not None:
+        lines.append(f"a private linear head alone, same budget: {facts['accuracy_head']:.3f}")
+    Output(json=json).result(facts, lines)
+
+
+def main() -> None:
+    """Entry point of the ``silo`` command."""
+    raise SystemExit(run(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate of one silo: may this attempt run, what is spent, what is left, what would more rounds cost?
+
+Composing rule: everything on the silo's ledger composes, whatever the contract, run, round or outcome. Parallel credit for
+runs over disjoint sets of units is not taken yet.
+
+- A *plan* is declared before its first step and certified as a whole (the smaller of PLD and RDP); stopping early is free.
+- As soon as a second contract has charged the ledger, its parameters may have been chosen after releases of the first were
+  seen. Then an RDP filter at one order decides (``accounting.certify_adaptive``); the order follows from the limits alone.
+  A limit that is raised later moves the order too: raise it before a run, not because of what a run showed.
+
+Promised: nothing is admitted that brings the certified epsilon of all reserved attempts above the limit, and an admitted
+attempt is on the disk before ``admit`` returns. Not promised: that the mechanism is run as declared (``lattice``,
+``noise``), nor that the ledger is the newest copy (``ledger.check_receipt``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from privacy import accounting
+from privacy.accounting import Certificate
+from privacy.errors import BudgetExhausted, PrivacyRefusal
+from privacy.ledger import Commit, History, Ledger, Reserve, Void
+from privacy.mechanism import LatticeGaussian
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that may be spent on any unit of this silo, over all runs.
+
+    Raises:
+        PrivacyRefusal: epsilon is not a positive number, or delta not inside (0, 1).
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
+            raise PrivacyRefusal(
+                f"limits are epsilon {self.epsilon} and delta {self.delta}, they must be positive and delta below 1",
+                hint="correct [limits] in silo.toml",
+            )
+
+    @functools.cached_property
+    def filter_order(self) -> int:
+        """The Renyi order at which this limit holds the most unsampled Gaussian steps; a function of the limit alone."""
+
+        def room(order: int) -> float:
+            return (self.epsilon - accounting.conversion(order, self.delta)) / order
+
+        return max(accounting.INTEGER_ORDERS, key=room)
+
+
+class Account:
+    """What a ledger has spent under some limits, and what a plan would add. Reads only.
+
+    Args:
+        history: the silo's ledger, or a copy that was read.
+        limits: the silo's limits, in whose delta every figure is stated.
+        plan: the contract's mechanism for all its declared steps, at the shares that insiders cannot subtract.
+        contract: hex digest of the contract.
+    """
+
+    def __init__(self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str) -> None:
+        self._history = history
+        self._limits = limits
+        self._plan = plan
+        self._contract = contract
+
+    def spent(self) -> Certificate:
+        """The certified cost of everything ever reserved on this ledger.
+
+        Formal guarantees: epsilon bounds the composition of all reserved attempts, void and failed ones included.
+        """
+        return self._certificate(self._history.charged())
+
+    @property
+    def left(self) -> float:
+        """The limit less what is spent; 0 when nothing is left. Epsilons do not add: ask ``forecast`` what fits."""
+        return max(0.0, self._limits.epsilon - self.spent().epsilon)
+
+    @property
+    def steps_left(self) -> int:
+        """How many attempts of this contract's plan are not charged yet."""
+        return max(0, self._plan.steps - self._used())
+
+    def forecast(self, rounds: Iterable[int]) -> list[tuple[int, float]]:
+        """(n, certified epsilon) after n more attempts of this plan, for each n; never refuses."""
+        return [(more, self._certificate(self._after(more)).epsilon) for more in rounds]
+
+    def _used(self) -> int:
+        return sum(event.steps for event in self._history.charged(self._contract))
+
+    def _after(self, more: int) -> list[LatticeGaussian]:
+        return [*self._history.charged(), *([self._plan.with_steps(more)] if more else [])]
+
+    def _certificate(self, events: list[LatticeGaussian]) -> Certificate:
+        """By PLD while one contract has charged and ``events`` hold no other; else by the filter."""
+        delta = self._limits.delta
+        if self._alone():
+            return accounting.certify(events, delta)
+        return accounting.certify_adaptive(events, delta, order=self._limits.filter_order)
+
+    def _alone(self) -> bool:
+        return all(body.contract == self._contract for body in self._history.entries if isinstance(body, Reserve))
+
+
+class Gate(Account):
+    """Decides, before any record is read, whether a plan may start and whether an attempt may run; writes what it allows.
+
+    Formal guarantees:
+        - a refusal leaves the ledger as it was;
+        - an attempt is reserved on the disk before ``admit`` returns, and stays charged;
+        - the certified epsilon of everything reserved never passes ``limits.epsilon`` (meeting it exactly is allowed);
+        - no more attempts than the plan has steps are admitted under a contract.
+    """
+
+    def __init__(self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str) -> None:
+        super().__init__(ledger, limits, plan=plan, contract=contract)
+        self._ledger = ledger
+        self._fits: tuple[LatticeGaussian, ...] | None = None
+
+    def declare(self, *, run: str = "") -> Certificate:
+        """The cost of everything charged with the whole plan; the plan is on the ledger from here on. Safe to repeat.
+
+        Raises:
+            BudgetExhausted: that cost is above the limit.
+            PrivacyRefusal: another plan was declared under this contract.
+        """
+        known = self._ledger.plan(self._contract)
+        if known is not None and known.mechanism != self._plan:
+            raise PrivacyRefusal(
+                f"this contract was declared with {known.mechanism.steps} steps, now its plan is another of {self._plan.steps}",
+                hint="a changed plan needs a new contract", code="plan-changed", contract=self._contract,
+            )
+        cost = self._certificate(self._after(self.steps_left))
+        if known is None:
+            self._require_within(cost.epsilon)
+            self._ledger.declare(
+                contract=self._contract, run=run, mechanism=self._plan, epsilon=self._limits.epsilon, delta=self._limits.delta
+            )
+        return cost
+
+    def admit(self, round: int, attempt: bytes) -> int:
+        """Charge one attempt at ``round`` on the disk; the number of ledger entries, for the signed upload.
+
+        Raises:
+            BudgetExhausted: the plan is used up, or the attempt would pass the limit. Nothing was written.
+            PrivacyRefusal: no such plan was declared, or this attempt is charged already.
+        """
+        known = self._ledger.plan(self._contract)
+        if known is None or known.mechanism != self._plan:
+            raise PrivacyRefusal(
+                f"round {round} has no plan on the ledger that says {self._plan.steps} steps with these parameters",
+                hint="declare the plan first", code="plan-missing", round=round,
+            )
+        if self.steps_left < 1:
+            raise BudgetExhausted(
+                f"round {round} would be attempt {self._used() + 1}, the plan has {self._plan.steps}",
+                hint="stop here, or agree on a new contract", code="plan-used-up", round=round, plan=self._plan.steps,
+            )
+        self._require_fit(round)
+        self._ledger.reserve(
+            contract=self._contract, round_number=round, attempt=attempt.hex(), mechanism=self._plan.with_steps(1)
+        )
+        return self._ledger.counter
+
+    def settle(self, round: int, outcome: Literal["result", "void"]) -> None:
+        """Note how ``round`` ended, once; nothing is given back. A round without an attempt here leaves no trace as a result."""
+        place = (self._contract, round)
+        if any(isinstance(body, Commit | Void) and (body.contract, body.round) == place for body in self._ledger.entries):
+            return
+        attempts = self._ledger.attempts(self._contract, round)
+        if outcome == "void":
+            self._ledger.void(contract=self._contract, round_number=round, reason="the round closed without a result")
+        elif attempts:
+            self._ledger.commit(contract=self._contract, round_number=round, attempt=attempts[-1])
+
+    def _require_fit(self, round_number: int) -> None:
+        """Nothing, when one more attempt stays within the limit; by the whole plan where that fits, else by itself."""
+        reserved = (body for body in self._ledger.entries if isinstance(body, Reserve))
+        past = tuple(body.mechanism for body in reserved if body.contract != self._contract)
+        if self._fits == past:
+            return
+        if self._certificate(self._after(self.steps_left)).epsilon <= self._limits.epsilon:
+            # Fewer steps of the same mechanism cost less: until another contract charges, every attempt of the plan fits.
+            self._fits = past
+            return
+        after = self._certificate(self._after(1)).epsilon
+        if not after <= self._limits.epsilon:
+            raise BudgetExhausted.for_round(
+                round_number=round_number, epsilon_after=after, limit=self._limits.epsilon, delta=self._limits.delta
+            )
+
+    def _require_within(self, epsilon: float) -> None:
+        if not epsilon <= self._limits.epsilon:
+            raise BudgetExhausted(
+                f"the plan of {self._plan.steps} steps would bring epsilon to {epsilon:.4g}, "
+                f"the limit is {self._limits.epsilon:.4g} (delta {self._limits.delta:g})",
+                hint="plan fewer rounds or more noise, or raise [limits] epsilon after your data protection officer agrees",
+                epsilon_after=epsilon, limit=self._limits.epsilon, delta=self._limits.delta, steps=self._plan.steps,
+            )

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A silo is a directory: its keys, its contract, its ledger, its promises, and the state it has reached.
+
+::
+
+    silo.toml              what this silo decides for itself
+    identity.key, .pub     who it is
+    selection.key          32 bytes: which records of a unit are kept (a keyed choice)
+    install.key            32 bytes: makes two clones of one machine differ in what they draw
+    contract/v<version>/   the contract as signed, and every member's countersignature
+    ledger.jsonl           what was spent
+    promises/              one file per promise: round → manifest, round → consent; never deleted
+    epoch/                 0700; epoch keys and the files of the open round; never in a backup
+    state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file
+
+Promised: a write happened whole or not at all, a promise is on the disk before the function returns and cannot be made
+twice with different content, and one process at a time works in a home. Not promised: that deleted secrets are gone from the
+medium, or safety when the whole directory is copied back to an earlier time (the ledger's counter tells the aggregator).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import safetensors.numpy
+
+from privacy import files
+from privacy.errors import ConfigError, Equivocation, MachineError, Replay, TrustError
+from privacy.update_rule import State
+
+SECRET_BYTES = 32
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a silo stands: the last settled round, its epoch, manifest and outcome (digests), void rounds in a row, the state."""
+
+    contract: bytes
+    epoch: int
+    round: int
+    manifest: bytes
+    outcome: bytes
+    voids: int
+    state: State
+
+
+class Home:
+    """The silo's directory; see the module docstring for what lies where.
+
+    Args:
+        root: the directory; it is not created here.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_path = root / "silo.toml"
+        self.identity_path = root / "identity.key"
+        self.public_path = root / "identity.pub"
+        self.ledger_path = root / "ledger.jsonl"
+        self.state_path = root / "state.safetensors"
+        self.epoch_folder = root / "epoch"
+
+    @classmethod
+    def create(cls, root: Path) -> Home:
+        """A new home with fresh local secrets. A half-made one is completed; existing secrets are kept.
+
+        Raises:
+            MachineError: the directory or a file in it cannot be written.
+        """
+        home = cls(root)
+        for folder, mode in ((root, 0o755), (root / "contract", 0o755), (root / "promises", 0o755), (home.epoch_folder, 0o700)):
+            _make_folder(folder, mode)
+        for path in (root / "selection.key", root / "install.key"):
+            if not path.exists():
+                files.write_once(path, os.urandom(SECRET_BYTES), mode=files.PRIVATE)
+        return home
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold this home against every other process. Raises MachineError when one is at work in it."""
+        if not self.root.is_dir():
+            raise ConfigError(f"there is no silo in {self.root}", hint="run `silo init` first", code="no-home")
+        return files.locked(self.root / ".lock")
+
+    @property
+    def selection_key(self) -> bytes:
+        """The key of the choice of records within a unit."""
+        return _secret(self.root / "selection.key")
+
+    @property
+    def install_secret(self) -> bytes:
+        """The per-install secret that goes into every self-mask seed."""
+        return _secret(self.root / "install.key")
+
+    def keep_contract(self, version: int, document: bytes) -> None:
+        """Keep the contract's signed document. Raises Equivocation when another one of this version is there."""
+        folder = self.root / "contract" / f"v{version}"
+        _make_folder(folder, 0o755)
+        files.write_once(folder / "contract", document)
+
+    def keep_countersignature(self, version: int, member: int, document: bytes) -> None:
+        """Keep one member's countersignature. Raises Equivocation when another one is there."""
+        files.write_once(self.root / "contract" / f"v{version}" / f"countersignature-{member}", document)
+
+    def contract(self) -> tuple[int, bytes] | None:
+        """The highest kept contract version and its signed document, or None before `silo join`."""
+        versions = [int(found[1]) for found in map(_VERSION.fullmatch, _names(self.root / "contract")) if found]
+        kept = [v for v in sorted(versions) if (self.root / "contract" / f"v{v}" / "contract").is_file()]
+        return (kept[-1], (self.root / "contract" / f"v{kept[-1]}" / "contract").read_bytes()) if kept else None
+
+    def countersignature(self, version: int, member: int) -> bytes | None:
+        """A member's kept countersignature."""
+        return _read(self.root / "contract" / f"v{version}" / f"countersignature-{member}")
+
+    def promise_manifest(self, round_number: int, round_ctx: bytes) -> None:
+        """Promise, on disk first, that ``round_ctx`` is the only manifest of this round and no earlier round opens again.
+
+        Raises:
+            Replay: a later round was promised before.
+            Equivocation: this round was promised to another manifest.
+        """
+        latest = self.latest_promise()
+        if latest is not None and round_number < latest:
+            raise Replay(
+                f"a manifest for round {round_number}, this silo took part in round {latest}",
+                hint="the aggregator must go on with the next number",
+                round=round_number,
+                latest=latest,
+            )
+        self._promise("manifest", round_number, round_ctx)
+
+    def promise_consent(self, round_number: int, frozen: bytes) -> None:
+        """Promise, on disk first, that ``frozen`` (a digest of U) is the only set this silo consents to in this round.
+
+        Raises:
+            Equivocation: another set was consented to.
+        """
+        self._promise("consent", round_number, frozen)
+
+    def promised_manifest(self, round_number: int) -> bytes | None:
+        """The round_ctx this silo is bound to in this round, or None."""
+        return self._promised("manifest", round_number)
+
+    def promised_consent(self, round_number: int) -> bytes | None:
+        """The digest of U this silo consented to in this round, or None."""
+        return self._promised("consent", round_number)
+
+    def latest_promise(self) -> int | None:
+        """The highest round a manifest was promised for, or None."""
+        rounds = [int(found[1]) for found in map(_PROMISE.fullmatch, _names(self.root / "promises")) if found]
+        return max(rounds, default=None)
+
+    def save_progress(self, progress: Progress) -> None:
+        """Replace the state file by ``progress``, atomically."""
+        files.write_atomic(self.state_path, _to_bytes(progress))
+
+    def progress(self) -> Progress | None:
+        """Where the silo stands, or None before its first settled round.
+
+        Raises:
+            TrustError: the file is damaged.
+        """
+        data = _read(self.state_path)
+        return None if data is None else _from_bytes(data)
+
+    def _promise(self, kind: str, number: int, digest: bytes) -> None:
+        try:
+            files.write_once(self.root / "promises" / f"{kind}-{number}", digest.hex().encode() + b"\n")
+        except Equivocation as error:
+            before = self._promised(kind, number) or b""
+            raise Equivocation(
+                f"a second {kind} for round {number}: {digest.hex()[:16]}, promised was {before.hex()[:16]}",
+                hint="stop, and show both documents to the other members",
+                round=number,
+            ) from error
+
+    def _promised(self, kind: str, number: int) -> bytes | None:
+        text = _read(self.root / "promises" / f"{kind}-{number}")
+        if text is None:
+            return None
+        if not _DIGEST_LINE.fullmatch(text):
+            raise TrustError(
+                f"the promise {kind}-{number} is damaged", hint="restore the silo from its backup: `silo restore`", code="malformed"
+            )
+        return bytes.fromhex(text.decode().strip())
+
+
+_DIGESTS = ("contract", "manifest", "outcome")
+_NUMBERS = ("epoch", "round", "voids")
+_ARRAYS = ("theta", "first_moment", "second_moment")
+_VERSION = re.compile(r"v([1-9][0-9]{0,9})", re.ASCII)
+_PROMISE = re.compile(r"manifest-([0-9]{1,10})", re.ASCII)
+_DIGEST_LINE = re.compile(rb"[0-9a-f]{64}\n")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder of secrets and all that lies in it; nothing happens when it is not there.
+
+    Raises:
+        MachineError: it cannot be deleted.
+    """
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MachineError(
+            f"cannot delete {path}: {error.strerror}", hint="delete it by hand: it holds secrets", code="cannot-delete"
+        ) from error
+
+
+def _to_bytes(progress: Progress) -> bytes:
+    state = progress.state
+    facts: dict[str, object] = {
+        "format": "siloquy-state/1",
+        **{name: getattr(progress, name).hex() for name in _DIGESTS},
+        **{name: getattr(progress, name) for name in _NUMBERS},
+        "applied": state.applied,
+        "beta1_power": state.beta1_power.hex(),
+        "beta2_power": state.beta2_power.hex(),
+    }
+    facts["digest"] = _digest(facts, state)
+    arrays = {name: np.ascontiguousarray(getattr(state, name), dtype="<f8") for name in _ARRAYS}
+    saved: bytes = safetensors.numpy.save(arrays, metadata={"siloquy": json.dumps(facts)})
+    return saved
+
+
+def _from_bytes(data: bytes) -> Progress:
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts = json.loads(header["__metadata__"]["siloquy"])
+        arrays = safetensors.numpy.load(data)
+        powers: dict[str, Any] = {name: float.fromhex(facts[name]) for name in ("beta1_power", "beta2_power")}
+        state = State(applied=facts["applied"], **powers, **{name: arrays[name] for name in _ARRAYS})
+        digests: dict[str, Any] = {name: bytes.fromhex(facts[name]) for name in _DIGESTS}
+        progress = Progress(state=state, **digests, **{name: facts[name] for name in _NUMBERS})
+        written = facts.pop("digest")
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise _damaged("it is no state file") from error
+    found = _digest(facts, state)
+    if found != written:
+        raise _damaged(f"its digest is {found[:16]}, written was {written[:16]}")
+    return progress
+
+
+def _digest(facts: dict[str, object], state: State) -> str:
+    """Hex SHA-256 over everything in the state file but this digest."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + b"\0" + state.to_bytes()).hexdigest()
+
+
+def _damaged(why: str) -> TrustError:
+    return TrustError(
+        f"state.safetensors is damaged: {why}", hint="restore the silo from its backup: `silo restore`", code="malformed"
+    )
+
+
+def _secret(path: Path) -> bytes:
+    data = _read(path)
+    if data is None or len(data) != SECRET_BYTES:
+        raise ConfigError(
+            f"{path} is missing or not {SECRET_BYTES} bytes", hint="restore it from the backup of this silo", code="no-key"
+        )
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by others", hint=f"chmod 600 {path}", code="open-key")
+    return data
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}", hint="mend the permissions", code="cannot-read") from error
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def _make_folder(path: Path, mode: int) -> None:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"cannot make {path}: {error.strerror}", hint="choose another folder, or mend its permissions", code="cannot-write"
+        ) from error

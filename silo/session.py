@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One epoch of a silo: from the aggregator's call to a confirmed secret with every other silo, and its chain on disk.
+
+Every step is written down before its message leaves, so a silo that crashes goes on with the same keys and sends the same
+bytes. Promised: one note per epoch; private epoch keys and sent seeds are deleted when all pairs are confirmed; older epochs are
+deleted when a newer one stands; the chain on disk never goes back. Not promised: that deletion wipes the medium.
+
+Files in ``epoch/<number>/``, all 0600: ``secrets`` and ``seeds`` (until confirmed), ``chain``, and those of the open round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from privacy import envelope, files, keys
+from privacy import epoch as epochs
+from privacy.epoch import EpochSecrets, PairChain, Secret
+from privacy.errors import MachineError, RoundError, TrustError
+from privacy.federation import Accepted, Member
+from privacy.messages import AGGREGATOR, EpochCall, EpochNote, Number, Roster, decode, encode
+from silo.home import Home, remove_folder
+from silo.transport import Transport
+
+
+class _Link(Secret, frozen=True, kw_only=True):
+    """The chain as it stands after the outcome of round ``settled``."""
+
+    format: Literal["chain-file/1"] = "chain-file/1"
+    settled: Number
+    chain: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """A confirmed epoch: its number, epoch_ctx and folder. The chain is read from disk when it is needed."""
+
+    number: int
+    context: bytes
+    folder: Path
+
+    def round_keys(self, round_ctx: bytes, *, after: int) -> dict[int, bytes]:
+        """k_ij for every peer in the round that follows the settled round ``after``.
+
+        Raises:
+            TrustError: the chain on disk stands at another round: the home was restored, or two processes shared it.
+        """
+        link = self._link()
+        if link.settled != after:
+            raise TrustError(
+                f"the pair secrets stand after round {link.settled}, the state after round {after}",
+                hint="start a new epoch: `aggregator round` does when a silo asks for it",
+                code="chain-out-of-step",
+            )
+        return PairChain.from_bytes(link.chain).round_keys(round_ctx)
+
+    def settle(self, round_number: int) -> None:
+        """Move the chain past round ``round_number``, whose outcome is settled; repeating it changes nothing."""
+        link = self._link()
+        if link.settled >= round_number:
+            return
+        chain = PairChain.from_bytes(link.chain)
+        for _ in range(link.settled, round_number):
+            chain = chain.advance()
+        _write_link(self.folder, settled=round_number, chain=chain)
+
+    def _link(self) -> _Link:
+        raw = _read(self.folder / "chain")
+        if raw is None:
+            raise TrustError(f"epoch {self.number} has no chain file", hint="join in a new epoch", code="malformed")
+        return _Link.from_bytes(raw)
+
+
+def current(home: Home) -> Epoch | None:
+    """The newest confirmed epoch on this disk, or None."""
+    return next((found for number in sorted(_numbers(home), reverse=True) if (found := _established(home, number))), None)
+
+
+def called(transport: Transport, accepted: Accepted, *, after: int) -> int | None:
+    """The newest epoch above ``after`` that the aggregator has called for, or None.
+
+    Raises:
+        TrustError: a call is not signed by the aggregator, or says another number or contract.
+    """
+    newest, number = None, after + 1
+    while (document := transport.get("epoch", number, AGGREGATOR, wait_s=0)) is not None:
+        call = decode(_from_aggregator(document, "epoch", accepted), EpochCall)
+        if call != EpochCall(contract=accepted.digest, epoch=number):
+            raise TrustError(
+                f"the call stored for epoch {number} is for epoch {call.epoch}",
+                hint="the aggregator is faulty",
+                code="wrong-number",
+            )
+        newest, number = number, number + 1
+    return newest
+
+
+def establish(
+    home: Home,
+    transport: Transport,
+    identity: keys.Identity,
+    accepted: Accepted,
+    *,
+    member: Member,
+    number: int,
+    basis: bytes,
+    settled: int,
+    wait_s: float,
+) -> Epoch:
+    """Take part in setting up epoch ``number``; resumes where an earlier attempt stopped.
+
+    Args:
+        basis: digest of the (A, B) that this silo computed itself.
+        settled: the last round this silo has settled; the chain starts after it.
+        wait_s: how long to wait for each thing that the others must post.
+
+    Raises:
+        RoundError: somebody did not post in time; the message names who.
+        TrustError: a note, seed or tag does not hold; the epoch does not start.
+        Equivocation: the roster holds another note of this silo than its own.
+    """
+    found = _established(home, number)
+    if found is None:
+        folder = home.epoch_folder / str(number)
+        _private_folder(folder)
+        chain = _Setup(
+            transport=transport, identity=identity, accepted=accepted, member=member, number=number, folder=folder, wait_s=wait_s
+        ).run(basis)
+        _write_link(folder, settled=settled, chain=chain)
+        _forget_setup(folder)
+        found = Epoch(number=number, context=chain.context, folder=folder)
+    for older in _numbers(home):
+        if older < number:
+            remove_folder(home.epoch_folder / str(older))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """The set-up of one epoch: four messages, each persisted before it leaves."""
+
+    transport: Transport
+    identity: keys.Identity
+    accepted: Accepted
+    member: Member
+    number: int
+    folder: Path
+    wait_s: float
+
+    def run(self, basis: bytes) -> PairChain:
+        """The confirmed chain."""
+        secrets = self._secrets(basis)
+        self._post("epoch-note", self.accepted.digest, encode(epochs.note_of(secrets)))
+        roster_bytes, notes = self._roster()
+        context = epochs.epoch_ctx(self.accepted.digest, self.number, roster_bytes)
+        self._post_seeds(secrets, notes, context)
+        pairs = epochs.pair_secrets(secrets, notes, self._collect("pair-seeds"), accepted=self.accepted, context=context)
+        own = epochs.confirmation(secrets, pairs)
+        self._post("confirmation", context, encode(own))
+        tags = self._collect("confirmation")
+        epochs.check_confirmations(tags, accepted=self.accepted, context=context, epoch=self.number, own=own)
+        return PairChain.start(secrets, pairs, context=context)
+
+    def _secrets(self, basis: bytes) -> EpochSecrets:
+        """This epoch's own keys: made once, on the disk before anything of them is posted."""
+        path = self.folder / "secrets"
+        kept = _read(path)
+        if kept is None:
+            made, _ = epochs.new_note(self.accepted.digest, self.number, self.member.id, basis)
+            files.write_once(path, made.to_bytes(), mode=files.PRIVATE)
+            return made
+        secrets = EpochSecrets.from_bytes(kept)
+        if secrets.basis != basis:
+            raise TrustError(
+                f"the basis is now {basis.hex()[:16]}, this epoch began with {secrets.basis.hex()[:16]}",
+                hint="the base model or a library changed; put it back, or start a new epoch",
+                code="basis-differs",
+            )
+        return secrets
+
+    def _roster(self) -> tuple[bytes, tuple[EpochNote, ...]]:
+        document = self.transport.get("roster", self.number, AGGREGATOR, wait_s=self.wait_s)
+        if document is None:
+            raise self._late("the roster of", "not every silo has posted its epoch keys")
+        body = _from_aggregator(document, "roster", self.accepted)
+        roster = decode(body, Roster)
+        if roster.epoch != self.number:
+            raise TrustError(
+                f"the roster is for epoch {roster.epoch}, wanted {self.number}",
+                hint="the aggregator is faulty",
+                code="wrong-number",
+            )
+        return body, epochs.check_roster(roster, self.accepted)
+
+    def _post_seeds(self, secrets: EpochSecrets, notes: tuple[EpochNote, ...], context: bytes) -> None:
+        """Sealing draws new randomness each time, so the bytes are kept before they leave: a board takes one version only."""
+        path = self.folder / "seeds"
+        document = _read(path)
+        if document is None:
+            document = self._sign("pair-seeds", context, encode(epochs.seal_seeds(secrets, notes, context=context)))
+            files.write_once(path, document, mode=files.PRIVATE)
+        self.transport.put("pair-seeds", self.number, self.member.id, document)
+
+    def _collect(self, kind: Literal["pair-seeds", "confirmation"]) -> dict[int, bytes]:
+        """Every member's document of this kind; who is late is named."""
+        found: dict[int, bytes] = {}
+        late: list[str] = []
+        for member in self.accepted.terms.member:
+            document = self.transport.get(kind, self.number, member.id, wait_s=0.0 if late else self.wait_s)
+            if document is None:
+                late.append(f"{member.name} ({member.id})")
+            else:
+                found[member.id] = document
+        if late:
+            raise self._late(f"the {kind} of", ", ".join(late) + " did not post")
+        return found
+
+    def _post(self, kind: Literal["epoch-note", "confirmation"], context: bytes, body: bytes) -> None:
+        self.transport.put(kind, self.number, self.member.id, self._sign(kind, context, body))
+
+    def _sign(self, kind: Literal["epoch-note", "pair-seeds", "confirmation"], context: bytes, body: bytes) -> bytes:
+        return envelope.sign(self.identity, type=kind, context=context, sender=self.member.id, body=body)
+
+    def _late(self, what: str, why: str) -> RoundError:
+        return RoundError(
+            f"{what} epoch {self.number} did not come within {self.wait_s:g} s: {why}",
+            hint="run the same command again: it goes on where it stopped",
+            code="epoch-incomplete",
+            epoch=self.number,
+        )
+
+
+def _from_aggregator(document: bytes, kind: Literal["epoch", "roster"], accepted: Accepted) -> bytes:
+    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    return envelope.open_signed(document, type=kind, context=accepted.digest, sender=AGGREGATOR, key=key)
+
+
+def _established(home: Home, number: int) -> Epoch | None:
+    folder = home.epoch_folder / str(number)
+    raw = _read(folder / "chain")
+    if raw is None:
+        return None
+    _forget_setup(folder)  # a crash may have come between the chain and this
+    return Epoch(number=number, context=PairChain.from_bytes(_Link.from_bytes(raw).chain).context, folder=folder)
+
+
+def _forget_setup(folder: Path) -> None:
+    for name in ("secrets", "seeds"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_link(folder: Path, *, settled: int, chain: PairChain) -> None:
+    files.write_atomic(folder / "chain", _Link(settled=settled, chain=chain.to_bytes()).to_bytes(), mode=files.PRIVATE)
+
+
+def _numbers(home: Home) -> Iterator[int]:
+    if home.epoch_folder.is_dir():
+        yield from [int(entry.name) for entry in home.epoch_folder.iterdir() if entry.name.isascii() and entry.name.isdigit()]
+
+
+def _private_folder(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"cannot make {path}: {error.strerror}", hint="mend the permissions of the silo's folder", code="cannot-write"
+        ) from error
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a silo stands, and what a round's outcome makes of it: pure checks and this silo's own arithmetic.
+
+Promised: a sum is applied only if the set it is over is the one this silo consented to and every released seed matches its
+silo's header; the next state is computed here and never taken from the aggregator. Not promised: that the sum is that of the
+uploads. In consent mode the aggregator alone holds them; a wrong sum is a wrong model in all silos alike, and costs no privacy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy import guardian_sum, ring, update_rule
+from privacy.errors import MachineError, RoundError, TrustError
+from privacy.federation import Accepted, Contract
+from privacy.guardian_sum import Frozen
+from privacy.messages import Outcome
+from privacy.update_rule import State
+from silo.home import Home, Progress
+
+Integers = NDArray[np.int64]
+
+
+def load_progress(home: Home, accepted: Accepted) -> Progress:
+    """Where the silo stands under this contract; before its first round, the public initial state.
+
+    ``outcome`` is the digest that the next manifest must name as ``previous``: of the last outcome, or of the contract.
+
+    Raises:
+        TrustError: the state on disk belongs to another contract, or is damaged.
+    """
+    found = home.progress()
+    if found is None:
+        nothing = bytes(32)
+        state = update_rule.initial(accepted.terms)
+        return Progress(contract=accepted.digest, epoch=0, round=0, manifest=nothing, outcome=accepted.digest, voids=0, state=state)
+    if found.contract != accepted.digest:
+        raise TrustError(
+            f"the state is of contract {shown(found.contract)}, joined is {shown(accepted.digest)}",
+            hint="a new contract version starts in a new silo directory",
+            code="contract-changed",
+        )
+    return found
+
+
+def next_state(state: State, total: Integers, terms: Contract) -> State:
+    """The state after a result; the very same object when the sum is beyond its bounds or the update is not finite."""
+    if not update_rule.accepts(total, terms):
+        return state
+    try:
+        return update_rule.advance(state, total, terms)
+    except RoundError:
+        return state
+
+
+def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
+    """Return if another round may be tried.
+
+    Raises:
+        MachineError: results were applied and the trained matrices stand where they started: budget would buy nothing.
+        RoundError: as many rounds in a row were void as the contract allows.
+    """
+    start = update_rule.initial(terms).theta
+    matrices = len(terms.adapter.modules) * terms.adapter.rank**2 or terms.dimension
+    if progress.state.applied > 0 and np.array_equal(progress.state.theta[:matrices], start[:matrices]):
+        raise MachineError(
+            f"after {progress.state.applied} applied rounds R has not moved from its start",
+            hint="stop spending: check learning_rate and adapter.modules in the contract",
+            code="not-moved",
+        )
+    if progress.voids >= max(1, terms.sum.max_void_rounds):
+        raise RoundError(
+            f"{progress.voids} rounds in a row were void, the contract allows {terms.sum.max_void_rounds}",
+            hint="each void round spends budget; find out which silo is missing before a new epoch",
+            code="too-many-voids",
+        )
+
+
+def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None, terms: Contract) -> Integers:
+    """The lifted sum (d,) of a result, if this silo consented to its set and the released seeds are those of the set's headers.
+
+    Args:
+        frozen: the round's set as check_freeze returned it.
+        consented: the digest this silo promised on disk, or None.
+
+    Raises:
+        TrustError: another set, a seed that contradicts its header, or a sum of another length.
+    """
+    if not consented == frozen.digest == outcome.frozen:
+        raise TrustError(
+            f"round {outcome.round} sums the set {shown(outcome.frozen)}, this silo consented to {shown(consented)}",
+            hint="stop, and show the outcome to the other members",
+            code="no-consent",
+            round=outcome.round,
+        )
+    if [silo for silo, _ in outcome.seeds] != list(frozen.headers):
+        raise _faulty(
+            f"round {outcome.round} shows seeds of {[silo for silo, _ in outcome.seeds]} for a set of {list(frozen.headers)}"
+        )
+    for silo, seed in outcome.seeds:
+        header = frozen.headers[silo]
+        commitment = guardian_sum.self_commitment(seed, round_ctx=header.round_ctx, attempt=header.attempt, silo=silo)
+        if commitment != header.self_commitment:
+            raise _faulty(f"the seed of silo {silo} in round {outcome.round} contradicts its header")
+    if len(outcome.total) != 4 * terms.dimension:
+        raise _faulty(f"round {outcome.round} has a sum of {len(outcome.total)} bytes, wanted {4 * terms.dimension}")
+    return ring.lift(np.frombuffer(outcome.total, dtype="<u4"))
+
+
+def shown(value: object) -> str:
+    """A value for a message: the first 8 bytes of a digest, in hex."""
+    return value.hex()[:16] if isinstance(value, bytes) else str(value)
+
+
+def _faulty(what: str) -> TrustError:
+    return TrustError(what, hint="keep the outcome as evidence: the aggregator is faulty", code="outcome-refused")

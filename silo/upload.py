@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a silo sends in a round: its clamped sum, plus its share of the noise, masked, signed and sealed to the aggregator.
+
+Promised: the vector inside is uniform to everyone until every member has consented to a set that holds it; it is bound to
+its round, attempt and silo. The unmasked vector, the noise and the sample exist in memory only. Not promised: that Python
+wipes them there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy import envelope, guardian_sum, keys, noise, ring
+from privacy.epoch import Secret
+from privacy.errors import MachineError
+from privacy.federation import Contract, ring_plan
+from privacy.messages import Attempt, Digest, Header, Key, Number, Upload, encode
+from privacy.prg import Randomness
+
+
+class Persisted(Secret, frozen=True, kw_only=True):
+    """An attempt on disk, as one private file: all that is needed to send, consent and release again after a crash."""
+
+    format: Literal["attempt/1"] = "attempt/1"
+    round: Number
+    round_ctx: Digest
+    attempt: Attempt
+    self_seed: Key
+    header: bytes
+    upload: bytes
+
+
+def noisy(total: NDArray[np.int64], terms: Contract, randomness: Randomness) -> NDArray[np.uint32]:
+    """x_i ``(d,)``: this silo's sum with its share of the noise, in the ring.
+
+    Args:
+        total: the noiseless integer sum ``(d,)`` of one step.
+        randomness: fresh for this attempt.
+
+    Formal guarantees:
+        - *Clamped before, never after*: each coordinate of ``total`` is clamped to the contract's ±Q, then noise is added;
+          nothing is clamped, refused or redrawn afterwards.
+        - *Full share*: every coordinate gets its own discrete Gaussian of the contract's share variance.
+
+    Raises:
+        MachineError: ``total`` is not of the contract's dimension; decided before noise is drawn.
+    """
+    plan = ring_plan(terms)
+    if total.shape != (terms.dimension,) or total.dtype != np.int64:
+        raise MachineError(
+            f"a step gave {total.dtype} {total.shape}, the contract has ({terms.dimension},)", hint="check the model", code="shape"
+        )
+    share = noise.discrete_gaussian(terms.dimension, plan.share_variance, randomness)
+    return ring.encode(ring.clamp(total, plan), share)
+
+
+def masked(
+    x: NDArray[np.uint32],
+    *,
+    round_number: int,
+    round_ctx: bytes,
+    silo: int,
+    attempt: bytes,
+    ledger_counter: int,
+    pair_keys: Mapping[int, bytes],
+    install_secret: bytes,
+    os_random: bytes,
+    seal_key: bytes,
+    sign_header: Callable[[Header], bytes],
+) -> Persisted:
+    """The finished upload of one attempt, ready to be persisted and then sent.
+
+    Args:
+        x: from :func:`noisy`.
+        os_random: 32 fresh bytes of the operating system, for this attempt's self-mask seed.
+        sign_header: gives the signed document of a header.
+    """
+    seed = guardian_sum.self_seed(install_secret, attempt, hashlib.sha256(x.tobytes()).digest(), os_random)
+    y = guardian_sum.mask(x, round_ctx=round_ctx, silo=silo, attempt=attempt, self_seed=seed, pair_keys=pair_keys)
+    signed = sign_header(
+        guardian_sum.build_header(
+            y, round_ctx=round_ctx, silo=silo, attempt=attempt, ledger_counter=ledger_counter, self_seed=seed, pair_keys=pair_keys
+        )
+    )
+    sealed = envelope.seal(seal_key, y.tobytes(), info=upload_info(round_ctx=round_ctx, silo=silo, header=signed))
+    upload = encode(Upload(header=signed, sealed=sealed))
+    return Persisted(round=round_number, round_ctx=round_ctx, attempt=attempt, self_seed=seed, header=signed, upload=upload)
+
+
+def upload_info(*, round_ctx: bytes, silo: int, header: bytes) -> bytes:
+    """What a sealed vector is bound to: "gsum/1 upload" NUL ‖ round_ctx ‖ u32 silo ‖ SHA-256(signed header)."""
+    return b"gsum/1 upload\0" + round_ctx + keys.u32(silo) + hashlib.sha256(header).digest()

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP board: retries, caps, redirects, and problem documents that come back as our errors."""
+
+from __future__ import annotations
+
+import json
+
+import httpx2
+import pytest
+
+from privacy import errors
+from silo import transport
+from silo.transport import HttpTransport
+
+LOCAL = "http://127.0.0.1:9"
+
+
+class Clock:
+    """Seconds that pass only when somebody sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def board(answer, *, patience_s=10.0, url=LOCAL, **options):
+    """A transport whose server is the function ``answer(request)``, and its clock."""
+    clock = Clock()
+    carrier = httpx2.MockTransport(answer)
+    return HttpTransport(url, carrier=carrier, clock=clock, sleep=clock.sleep, patience_s=patience_s, **options), clock
+
+
+def test_get_and_put_name_the_document():
+    seen = []
+
+    def answer(request):
+        seen.append((request.method, request.url.path, request.url.params.get("wait"), request.read()))
+        return httpx2.Response(200 if request.method == "GET" else 201, content=b"body")
+
+    wire, _ = board(answer)
+    assert wire.get("freeze", 4, 0, wait_s=0) == b"body"
+    wire.put("upload", 4, 2, b"data")
+    assert seen == [("GET", "/v1/freeze/4/0", "0.000", b""), ("PUT", "/v1/upload/4/2", None, b"data")]
+
+
+def test_a_missing_document_is_none_after_the_wait():
+    clock = Clock()
+    waits = []
+
+    def answer(request):
+        waits.append(float(request.url.params["wait"]))
+        clock.now += waits[-1]
+        return httpx2.Response(404)
+
+    wire = HttpTransport(LOCAL, carrier=httpx2.MockTransport(answer), clock=clock, sleep=clock.sleep)
+    assert wire.get("outcome", 1, 0, wait_s=70) is None
+    assert max(waits) <= 30
+    assert 69 <= clock.now <= 71
+
+
+def test_a_server_that_ignores_wait_is_not_asked_in_a_tight_loop():
+    asked = []
+    wire, clock = board(lambda request: asked.append(1) or httpx2.Response(404))
+    assert wire.get("freeze", 1, 0, wait_s=10) is None
+    assert len(asked) < 400
+    assert clock.now >= 9
+
+
+def test_connection_errors_are_retried_until_patience_ends():
+    def refuse(request):
+        raise httpx2.ConnectError("connection refused", request=request)
+
+    wire, clock = board(refuse, patience_s=20)
+    with pytest.raises(errors.MachineError, match=r"cannot reach the aggregator at http://127\.0\.0\.1:9 after 20 s") as caught:
+        wire.put("consent", 1, 1, b"x")
+    assert caught.value.exit_code == 7
+    assert caught.value.hint
+    assert 10 < clock.now <= 20
+
+
+def test_a_server_that_comes_back_is_found():
+    calls = []
+
+    def answer(request):
+        calls.append(1)
+        if len(calls) < 3:
+            raise httpx2.ReadError("reset", request=request)
+        return httpx2.Response(503) if len(calls) == 3 else httpx2.Response(200, content=b"there")
+
+    wire, _ = board(answer)
+    assert wire.get("roster", 1, 0, wait_s=0) == b"there"
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "kind"),
+    [
+        ("config", 3, errors.ConfigError),
+        ("trust", 4, errors.TrustError),
+        ("replay", 4, errors.Replay),
+        ("equivocation", 4, errors.Equivocation),
+        ("privacy-refused", 5, errors.PrivacyRefusal),
+        ("budget-exhausted", 5, errors.BudgetExhausted),
+        ("round", 6, errors.RoundError),
+        ("machine", 7, errors.MachineError),
+        ("something-new", 4, errors.TrustError),
+    ],
+)
+def test_a_problem_document_comes_back_as_its_class(code, exit_code, kind):
+    body = {
+        "type": "about:blank",
+        "status": 409,
+        "code": code,
+        "exit_code": exit_code,
+        "detail": "what",
+        "hint": "do",
+        "extra": [1],
+    }
+    wire, _ = board(lambda request: httpx2.Response(409, content=json.dumps(body).encode()))
+    with pytest.raises(errors.SiloquyError) as caught:
+        wire.put("consent", 1, 1, b"x")
+    assert type(caught.value) is kind
+    assert (caught.value.message, caught.value.hint, caught.value.code) == ("what", "do", code)
+
+
+def test_a_refusal_without_a_problem_document_is_still_an_error():
+    wire, _ = board(lambda request: httpx2.Response(400, content=b"<html>"))
+    with pytest.raises(errors.RoundError, match="answered 400"):
+        wire.put("consent", 1, 1, b"x")
+
+
+def test_what_a_server_says_cannot_move_the_cursor():
+    found = transport.refusal(400, json.dumps({"detail": "a\x1b[2Jb\n" + "x" * 900, "exit_code": 4}).encode())
+    assert "\x1b" not in found.message
+    assert "\n" not in found.message
+    assert len(found.message) <= 500
+
+
+def test_a_persistent_server_fault_keeps_its_reason():
+    body = json.dumps({"code": "cannot-write", "exit_code": 7, "detail": "disk full"}).encode()
+    wire, _ = board(lambda request: httpx2.Response(507, content=body), patience_s=2)
+    with pytest.raises(errors.MachineError, match="disk full"):
+        wire.put("upload", 1, 1, b"x")
+
+
+def test_a_redirect_is_not_followed():
+    hosts = []
+
+    def answer(request):
+        hosts.append(request.url.host)
+        return httpx2.Response(302, headers={"location": "http://elsewhere.example/v1/x"})
+
+    wire, _ = board(answer)
+    with pytest.raises(errors.MachineError, match="redirects to http://elsewhere"):
+        wire.get("contract", 1, 0, wait_s=0)
+    assert hosts == ["127.0.0.1"]
+
+
+def test_no_more_than_the_cap_is_read(monkeypatch):
+    monkeypatch.setattr(transport, "MOST_BYTES", 1000)
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield b"x" * 400
+
+    wire, _ = board(lambda request: httpx2.Response(200, content=endless()))
+    wire._exchange.__func__.__kwdefaults__["most"] = 1000
+    try:
+        with pytest.raises(errors.MachineError, match="longer than 1000 bytes"):
+            wire.get("roster", 1, 0, wait_s=0)
+    finally:
+        wire._exchange.__func__.__kwdefaults__["most"] = 16 << 20
+    assert len(read) <= 4
+
+
+def test_status_is_an_object():
+    wire, _ = board(lambda request: httpx2.Response(200, content=b'{"round": 3}'))
+    assert wire.status() == {"round": 3}
+    wire, _ = board(lambda request: httpx2.Response(200, content=b"[1]"))
+    with pytest.raises(errors.TrustError):
+        wire.status()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1/base", "http://[::1]:1", "https://hub.example"])
+def test_addresses_that_are_fine(url):
+    HttpTransport(url).close()
+
+
+def test_plain_http_to_another_machine_must_be_asked_for():
+    with pytest.raises(errors.ConfigError, match="plain http"):
+        HttpTransport("http://hub.example")
+    HttpTransport("http://hub.example", insecure_http=True).close()
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "hub.example", "http://", "http://x/?a=1", "http://127.0.0.1.evil.example"])
+def test_addresses_that_are_not(url):
+    with pytest.raises(errors.ConfigError):
+        HttpTransport(url)
