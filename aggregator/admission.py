@@ -45,14 +45,28 @@ M = TypeVar("M", Consent, Release)
 
 
 def cap(kind: Kind, accepted: Accepted) -> int:
-    """The most bytes a member's document of this kind may have; 0 for kinds that no member writes."""
+    """The most bytes a member's document of this kind may have.
+
+    Raises:
+        TrustError: only the coordinator writes this kind.
+    """
+    if kind in AGGREGATOR_KINDS:
+        raise _not_yours(kind)
     peers, d = accepted.terms.silos - 1, accepted.terms.dimension
     header = SIGNED_BYTES + 256 + 48 * peers
     bodies = {
         "countersignature": 64, "epoch-note": 1536, "pair-seeds": 64 + (_SEED_BYTES + 16) * peers, "confirmation": 64 + 48 * peers,
         "upload": header + 4 * d + envelope.OVERHEAD_BYTES, "consent": 128, "release": 128 + _SEED_BYTES, "acknowledgement": 192,
     }  # fmt: skip
-    return SIGNED_BYTES + bodies[kind] if kind in bodies else 0
+    return SIGNED_BYTES + bodies[kind]
+
+
+def published(view: Documents) -> Accepted:
+    """The latest contract on the board. Raises RoundError before the first."""
+    accepted = rounds.accepted_in(view)
+    if accepted is None:
+        raise RoundError("no contract is published", hint="run `aggregator sign`", code="no-contract")
+    return accepted
 
 
 def admit(kind: Kind, number: int, party: int, data: bytes, view: Documents) -> None:
@@ -64,12 +78,8 @@ def admit(kind: Kind, number: int, party: int, data: bytes, view: Documents) -> 
         RoundError: the step before it does not stand yet.
     """
     if kind in AGGREGATOR_KINDS or party == AGGREGATOR:
-        raise TrustError(
-            f"a {kind} of party {party} is not sent over this door", hint="only the coordinator writes it", code="not-yours"
-        )
-    accepted = rounds.accepted_in(view)
-    if accepted is None:
-        raise RoundError("no contract is published", hint="run `aggregator sign`", code="no-contract")
+        raise _not_yours(kind)
+    accepted = published(view)
     member = _member(accepted, party)
     if len(data) > cap(kind, accepted):
         raise TrustError(
@@ -213,6 +223,10 @@ def _member(accepted: Accepted, party: int) -> Member:
     raise TrustError(
         f"silo {party} is no member of {accepted.terms.name}", hint="ask the coordinator which id is yours", code="unknown-member"
     )
+
+
+def _not_yours(kind: Kind) -> TrustError:
+    return TrustError(f"a {kind} is not taken over this door", hint="only the coordinator writes it", code="not-yours")
 
 
 def _peers(accepted: Accepted, member: Member) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from aggregator import rounds
-from aggregator.admission import cap
+from aggregator.admission import cap, published
 from aggregator.rounds import Documents
 from aggregator.store import Store
 from privacy.messages import Kind, Outcome, Signed, decode
@@ -57,9 +57,13 @@ class Board:
         return self._store.get(kind, number, party)
 
     def cap(self, kind: Kind) -> int:
-        """The most bytes a member's document of this kind may have now; 0 without a contract."""
-        accepted = rounds.accepted_in(self._store)
-        return 0 if accepted is None else cap(kind, accepted)
+        """The most bytes a member's document of this kind may have.
+
+        Raises:
+            RoundError: no contract is published.
+            TrustError: only the coordinator writes this kind.
+        """
+        return cap(kind, published(self._store))
 
     def status(self) -> dict[str, object]:
         """Public facts: contract, latest epoch and round, and how the latest settled round ended. A hint, never to act on."""

@@ -6,7 +6,7 @@ the question is whether the sentence describes the function. The source is parse
 
 A library's files are parted into two sorts by the SHA-256 of their names. *Unit* files give the records: each function
 gives exactly one, with its own docstring (label ``yes``) or a lent one (label ``no``). *Lending* files give nothing else
-than the lent docstrings, each to one record at most. So no text stands in two records, and what a unit file says stands in
+than the lent docstrings, each to one record at most. So no docstring stands in two records, and what a unit file says stands in
 the records of that file alone: the file is an honest privacy unit, and held-out files share no text with the others.
 
 The result is a function of the installed files: no clock, no random generator. What it does not promise: the same pairs on
@@ -29,16 +29,57 @@ from pathlib import Path
 
 LABELS = ("no", "yes")
 LIBRARIES = (
-    "stdlib", "accelerate", "anyio", "attr", "click", "cryptography", "dp_accounting", "fsspec", "httpcore2", "httpx2",
-    "huggingface_hub", "hypothesis", "jinja2", "joblib", "markdown_it", "mpmath", "networkx", "numpy", "opacus", "packaging",
-    "pandas", "peft", "pip", "psutil", "pyarrow", "pydantic", "pytest", "rich", "safetensors", "scipy",
-    "sentence_transformers", "setuptools", "sklearn", "sqlalchemy", "starlette", "sympy", "tokenizers", "torch", "tqdm",
-    "transformers", "typer", "uvicorn", "wrapt", "yaml",
+    "stdlib",
+    "accelerate",
+    "anyio",
+    "attr",
+    "click",
+    "cryptography",
+    "dp_accounting",
+    "fsspec",
+    "httpcore2",
+    "httpx2",
+    "huggingface_hub",
+    "hypothesis",
+    "jinja2",
+    "joblib",
+    "markdown_it",
+    "mpmath",
+    "networkx",
+    "numpy",
+    "opacus",
+    "packaging",
+    "pandas",
+    "peft",
+    "pip",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "pytest",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sentence_transformers",
+    "setuptools",
+    "sklearn",
+    "sqlalchemy",
+    "starlette",
+    "sympy",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "typer",
+    "uvicorn",
+    "wrapt",
+    "yaml",
 )
-_NOT_SOURCE = re.compile(r"(^|/)(_?tests?|testing|_?vendor(ed)?|site-packages|idlelib|lib2to3|conftest|test_[^/]*|[^/]*_test)(/|\.py$)")
+_NOT_OWN = re.compile(
+    r"_?tests?|testing|test_.*|.*_test|conftest|_?vendor(ed)?|(site|dist)-packages|idlelib|lib2to3|config-.*|__.*__"
+)
 _MAX_FILE_BYTES = 60_000
 _MAX_LIBRARY_BYTES = 7_000_000
-_MAX_PER_FILE = 8
+MAX_PER_FILE = 8
 _SENTENCE_CHARS = (30, 240)
 
 
@@ -71,14 +112,15 @@ def collect(limit_per_library: int = 1500, *, libraries: Sequence[str] = LIBRARI
 
     About half of them are labelled ``no``. Ordered by library, then file.
     """
-    return [pair for library in libraries for pair in _pairs(library, limit_per_library)]
+    seen: set[str] = set()
+    return [pair for library in libraries for pair in _pairs(library, limit_per_library, seen)]
 
 
-def _pairs(library: str, limit: int) -> list[Pair]:
+def _pairs(library: str, limit: int, seen: set[str]) -> list[Pair]:
     root = _root(library)
     if root is None:
         return []
-    units, lenders = _functions(library, root, limit)
+    units, lenders = _functions(library, root, limit, seen)
     lent = deque(sorted(lenders, key=lambda function: function.rank))
     pairs = []
     for function in sorted(units, key=lambda function: function.rank)[:limit]:
@@ -107,11 +149,13 @@ def _root(library: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin and spec.submodule_search_locations else None
 
 
-def _functions(library: str, root: Path, limit: int) -> tuple[list[_Function], list[_Function]]:
-    """Functions of unit files and of lending files, in the order of the files' hashes, until enough was found or read."""
+def _functions(library: str, root: Path, limit: int, seen: set[str]) -> tuple[list[_Function], list[_Function]]:
+    """Functions of unit files and of lending files, in the order of the files' hashes, until enough was found or read.
+
+    A sentence that was ``seen`` before is passed over and the new ones are added there.
+    """
     units: list[_Function] = []
     lenders: list[_Function] = []
-    seen: set[str] = set()
     left = _MAX_LIBRARY_BYTES
     for file, source in _sources(library, root):
         kept, enough = (lenders, limit // 2) if _hash(f"lends {file}") % 5 < 2 else (units, limit)
@@ -128,14 +172,25 @@ def _functions(library: str, root: Path, limit: int) -> tuple[list[_Function], l
 
 def _sources(library: str, root: Path) -> Iterator[tuple[str, bytes]]:
     """(unit name, source) of a library's own files, in the order of the SHA-256 of their names."""
-    found = ((f"{library}/{path.relative_to(root).as_posix()}", path) for path in root.rglob("*.py"))
-    for name, path in sorted(((name, path) for name, path in found if not _NOT_SOURCE.search(name)), key=lambda file: _hash(file[0])):
+    files = {f"{library}/{path.relative_to(root).as_posix()}": path for path in _walk(root) if path.suffix == ".py"}
+    for name in sorted(files, key=_hash):
         try:
-            source = path.read_bytes() if path.stat().st_size <= _MAX_FILE_BYTES else b""
+            source = files[name].read_bytes() if files[name].stat().st_size <= _MAX_FILE_BYTES else b""
         except OSError:
             continue
         if b'"""' in source:
             yield name, source
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """The files below ``root``, without the folders and files that are tests or belong to others."""
+    for path in root.iterdir():
+        if _NOT_OWN.fullmatch(path.stem):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
 
 
 def _hash(text: str) -> int:
@@ -143,14 +198,14 @@ def _hash(text: str) -> int:
 
 
 def _read(file: str, source: bytes) -> list[_Function]:
-    """The described functions of one file, at most ``_MAX_PER_FILE``; none when it is not Python of this version."""
+    """The described functions of one file, at most ``MAX_PER_FILE``; none when it is not Python of this version."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    return sorted(_described(file, tree), key=lambda function: function.rank)[:_MAX_PER_FILE]
+    return sorted(_described(file, tree), key=lambda function: function.rank)[:MAX_PER_FILE]
 
 
 def _described(file: str, tree: ast.Module) -> Iterator[_Function]:

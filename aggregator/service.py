@@ -40,7 +40,7 @@ from starlette.routing import Route
 
 from aggregator.board import Board
 from privacy import files
-from privacy.errors import ConfigError, Equivocation, MachineError, PrivacyRefusal, Replay, RoundError, SiloquyError, TrustError
+from privacy.errors import Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.messages import KINDS, Kind
 
 LONGEST_WAIT_S: Final = 30.0
@@ -53,11 +53,18 @@ _WAIT: Final = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?", re.ASCII)
 
 # The first class that fits; a malformed document is the sender's syntax, everything else of trust its right.
 _STATUS: Final[tuple[tuple[type[SiloquyError], int], ...]] = (
-    (Replay, 409), (Equivocation, 409), (TrustError, 403), (RoundError, 409), (PrivacyRefusal, 409), (ConfigError, 409), (MachineError, 503),
-)  # fmt: skip
+    (Replay, 409),
+    (Equivocation, 409),
+    (TrustError, 403),
+    (MachineError, 503),
+    (SiloquyError, 409),
+)
 _STATUS_BY_CODE: Final = {
-    "malformed": 400, "number": 400, "wait": 400, "too-large": 413, "no-such-route": 404, "not-found": 404, "not-yours": 405, "evidence-damaged": 500,
-}  # fmt: skip
+    **dict.fromkeys(("malformed", "number", "wait"), 400),
+    **dict.fromkeys(("no-such-route", "not-found"), 404),
+    "too-large": 413,
+    "evidence-damaged": 500,
+}
 
 Slot = tuple[Kind, int, int]
 
@@ -76,6 +83,7 @@ def create_app(board: Board, *, clock: Callable[[], float] = time.monotonic) -> 
         ],
         exception_handlers={SiloquyError: _refused, HTTPException: _no_route, Exception: _bug},
     )
+    app.router.redirect_slashes = False
     app.state.stopping = lambda: False
     return app
 
@@ -186,11 +194,13 @@ def _problem(status: int, *, code: str, exit_code: int, message: str, hint: str)
         "type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status, "detail": message,
         "code": code, "exit_code": exit_code, "message": message, "hint": hint,
     }  # fmt: skip
-    return _json(body, status, media_type="application/problem+json")
+    # After 413 an unread body is on the line: the connection cannot serve another request.
+    more = {"connection": "close"} if status == 413 else {}
+    return _json(body, status, media_type="application/problem+json", **more)
 
 
-def _json(body: dict[str, object], status: int, media_type: str = "application/json") -> Response:
-    return Response(msgspec.json.encode(body), status_code=status, media_type=media_type, headers=_HEADERS)
+def _json(body: dict[str, object], status: int, media_type: str = "application/json", **more: str) -> Response:
+    return Response(msgspec.json.encode(body), status_code=status, media_type=media_type, headers={**_HEADERS, **more})
 
 
 # --- Serving -------------------------------------------------------------------------------------------------------------
@@ -204,7 +214,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # The protocol is named so that asyncio sets TCP_NODELAY: it saves 40 ms for each answer.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))

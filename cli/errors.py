@@ -34,7 +34,7 @@ from privacy.errors import SiloquyError
 
 USAGE, INTERRUPTED, BUG = 2, 130, 1
 # typer carries its own copy of click: its usage errors are found through a public subclass.
-UsageProblem = typer.BadParameter.__mro__[2]
+UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:

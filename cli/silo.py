@@ -12,7 +12,11 @@ from cli.errors import run
 from cli.options import HERE, SETTINGS, Json, SiloHome
 
 app = typer.Typer(
-    name="silo", rich_markup_mode=None, context_settings=SETTINGS, no_args_is_help=True, add_completion=True,
+    name="silo",
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    add_completion=True,
     help="""Train a shared model on your own records; nothing leaves but a masked, noised sum.
 
     \b
@@ -21,7 +25,7 @@ app = typer.Typer(
       silo join --fingerprint "9c1f 03aa …"
       silo train --rounds 40
     """,
-)  # fmt: skip
+)
 
 
 @app.command()
@@ -47,12 +51,23 @@ def init(
     from silo import commands
 
     made = commands.create(
-        home, name=name, organisation=organisation, url=aggregator, fingerprint=fingerprint, records=records, epsilon=epsilon,
-        delta=delta, model=model,
+        home,
+        name=name,
+        organisation=organisation,
+        url=aggregator,
+        fingerprint=fingerprint,
+        records=records,
+        epsilon=epsilon,
+        delta=delta,
+        model=model,
     )
     Output(json=json).result(
         {"home": str(home), "name": name, "identity": str(made.public_path), "fingerprint": made.fingerprint},
-        [f"silo {name} in {home}", f"fingerprint {made.fingerprint}", f"next: send {made.public_path} to the coordinator, then `silo join`"],
+        [
+            f"silo {name} in {home}",
+            f"fingerprint {made.fingerprint}",
+            f"next: send {made.public_path} to the coordinator, then `silo join`",
+        ],
     )
 
 
@@ -90,7 +105,7 @@ def join(
 def train(
     rounds: Annotated[int | None, typer.Option(min=1, help="take part in this many rounds, then stop")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="take part until the plan is used up or the run ends")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="one step on this machine: time and memory; nothing leaves, nothing is spent")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="one step here: time and memory; nothing leaves or is spent")] = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -115,14 +130,17 @@ def train(
     if rounds is None and not watch:
         raise typer.BadParameter("say how long: --rounds N, or --watch")
     with commands.training(home) as session:
-        wanted = rounds if rounds is not None else session.rounds_left
-        for settled in session.take_part(wanted):
-            output.say(
-                f"round {settled.round:>4}  {settled.kind:<6}  epsilon {settled.epsilon:.3f} of {settled.limit:g}  {settled.seconds:5.1f} s"
-                f"  model {settled.state_digest[:12]}"
-            )
+        for done in session.take_part(session.rounds_left if rounds is None else rounds):
+            cost = f"epsilon {done.epsilon:.3f} of {done.limit:g}"
+            output.say(f"round {done.round:>4}  {done.kind:<6}  {cost}  {done.seconds:5.1f} s  model {done.state_digest[:12]}")
         summary = session.summary()
-    output.result(summary, [f"{summary['rounds']} rounds, epsilon {summary['epsilon']:.3f} of {summary['limit']:g}", f"model {summary['model_digest']}"])
+    output.result(
+        summary,
+        [
+            f"{summary['rounds']} rounds, epsilon {summary['epsilon']:.3f} of {summary['limit']:g}",
+            f"model {summary['model_digest']}",
+        ],
+    )
 
 
 @app.command()
@@ -157,8 +175,9 @@ def budget(
     from silo import commands
 
     facts = commands.budget(home, forecast)
+    picture = bar(facts["epsilon"], facts["limit"])
     lines = [
-        f"epsilon {facts['epsilon']:.4g} of {facts['limit']:g} at delta {facts['delta']:g}   {bar(float(facts['epsilon']), float(facts['limit']))}",
+        f"epsilon {facts['epsilon']:.4g} of {facts['limit']:g} at delta {facts['delta']:g}   {picture}",
         f"by PLD {facts['epsilon_pld']:.4g}, by RDP {facts['epsilon_rdp']:.4g}; {facts['steps']} private steps charged",
     ]
     ahead = [(row["rounds"], f"{row['epsilon']:.4g}") for row in facts["forecast"]]
@@ -168,7 +187,9 @@ def budget(
 @app.command("eval")
 def evaluate(
     records: Annotated[Path, typer.Option(help="records to evaluate on; the figures stay here")],
-    private_head: Annotated[list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")] = None,
+    private_head: Annotated[
+        list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")
+    ] = None,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:

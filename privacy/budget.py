@@ -78,7 +78,7 @@ class Account:
 
         Formal guarantees: epsilon bounds the composition of all reserved attempts, void and failed ones included.
         """
-        return self._certificate(self._history.charged())
+        return self._with(0)
 
     @property
     def left(self) -> float:
@@ -92,23 +92,21 @@ class Account:
 
     def forecast(self, rounds: Iterable[int]) -> list[tuple[int, float]]:
         """(n, certified epsilon) after n more attempts of this plan, for each n; never refuses."""
-        return [(more, self._certificate(self._after(more)).epsilon) for more in rounds]
+        return [(more, self._with(more).epsilon) for more in rounds]
 
     def _used(self) -> int:
         return sum(event.steps for event in self._history.charged(self._contract))
 
-    def _after(self, more: int) -> list[LatticeGaussian]:
-        return [*self._history.charged(), *([self._plan.with_steps(more)] if more else [])]
-
-    def _certificate(self, events: list[LatticeGaussian]) -> Certificate:
-        """By PLD while one contract has charged and ``events`` hold no other; else by the filter."""
-        delta = self._limits.delta
-        if self._alone():
-            return accounting.certify(events, delta)
-        return accounting.certify_adaptive(events, delta, order=self._limits.filter_order)
-
-    def _alone(self) -> bool:
-        return all(body.contract == self._contract for body in self._history.entries if isinstance(body, Reserve))
+    def _with(self, more: int) -> Certificate:
+        """Everything charged and ``more`` attempts of this plan: by PLD while all is of one contract, else by the filter."""
+        events = self._history.charged()
+        contracts = {body.contract for body in self._history.entries if isinstance(body, Reserve)}
+        if more:
+            events.append(self._plan.with_steps(more))
+            contracts.add(self._contract)
+        if len(contracts) <= 1:
+            return accounting.certify(events, self._limits.delta)
+        return accounting.certify_adaptive(events, self._limits.delta, order=self._limits.filter_order)
 
 
 class Gate(Account):
@@ -139,7 +137,7 @@ class Gate(Account):
                 f"this contract was declared with {known.mechanism.steps} steps, now its plan is another of {self._plan.steps}",
                 hint="a changed plan needs a new contract", code="plan-changed", contract=self._contract,
             )
-        cost = self._certificate(self._after(self.steps_left))
+        cost = self._with(self.steps_left)
         if known is None:
             self._require_within(cost.epsilon)
             self._ledger.declare(
@@ -188,11 +186,11 @@ class Gate(Account):
         past = tuple(body.mechanism for body in reserved if body.contract != self._contract)
         if self._fits == past:
             return
-        if self._certificate(self._after(self.steps_left)).epsilon <= self._limits.epsilon:
+        if self._with(self.steps_left).epsilon <= self._limits.epsilon:
             # Fewer steps of the same mechanism cost less: until another contract charges, every attempt of the plan fits.
             self._fits = past
             return
-        after = self._certificate(self._after(1)).epsilon
+        after = self._with(1).epsilon
         if not after <= self._limits.epsilon:
             raise BudgetExhausted.for_round(
                 round_number=round_number, epsilon_after=after, limit=self._limits.epsilon, delta=self._limits.delta

@@ -52,7 +52,7 @@ class Compute(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    rows_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**24)] = 4096
+    rows_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**24)] = 1024
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
 
 
@@ -162,7 +162,7 @@ delta = {delta}
 [compute]
 device = {device}        # auto | cpu | cuda
 precision = {precision}     # auto | float32 | bfloat16
-rows_tokens = {rows_tokens}     # tokens in one physical batch: the knob for memory
+rows_tokens = {rows_tokens}     # tokens in one physical batch: the knob for memory and speed; a GPU likes 16384
 threads = {threads}
 
 [model]

@@ -25,31 +25,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from privacy.errors import ConfigError, PrivacyRefusal
+from silo.tokens import EncodedUnit
 
 if TYPE_CHECKING:
     from silo.classifier import Classifier
-
-Row = tuple[tuple[int, ...], tuple[int, ...] | None, int]
-"""One encoded record: (input_ids, token_type_ids or None, label)."""
 
 RowsFor = Callable[[int], int]
 """The constant number of rows of a physical batch of a given length; at least max_records_per_unit for every length."""
 
 DUMMY = -1
 """The unit index of a row that belongs to no unit."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedUnit:
-    """The encoded records of one privacy unit."""
-
-    id: str
-    rows: tuple[Row, ...]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest record."""
-        return max(len(input_ids) for input_ids, _, _ in self.rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,11 +200,15 @@ def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) ->
         yield _physical(queue, length, rows_for(length))
 
 
+def _longest(unit: EncodedUnit) -> int:
+    return max(len(input_ids) for input_ids, _, _ in unit.rows)
+
+
 def _shape(unit: EncodedUnit, rows_for: RowsFor, max_length: int) -> tuple[int, int]:
     """(L, rows) of the physical batch that ``unit`` goes into."""
     if not unit.rows:
         raise ConfigError("a privacy unit without records was sampled", hint="drop units without records while reading")
-    length = bucket(unit.longest, max_length)
+    length = bucket(_longest(unit), max_length)
     rows = rows_for(length)
     if len(unit.rows) > rows:
         raise ConfigError(
@@ -286,7 +275,7 @@ def _same_in_every_slot(model: Classifier, unit: EncodedUnit, probes: Sequence[E
         return unit_gradients(model, _physical(company, length, rows), tape).view(torch.int32)
 
     typed = unit.rows[0][1] is not None
-    others = [mate for mate in probes if mate is not unit and mate.longest <= length and (mate.rows[0][1] is not None) == typed]
+    others = [mate for mate in probes if mate is not unit and _longest(mate) <= length and (mate.rows[0][1] is not None) == typed]
     mates = _filled([_stretched(unit, length), *others], rows - len(unit.rows))
     alone = bits([unit])[0]
     copies = bits([unit] * (rows // len(unit.rows)))

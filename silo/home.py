@@ -107,7 +107,9 @@ class Home:
 
     def keep_countersignature(self, version: int, member: int, document: bytes) -> None:
         """Keep one member's countersignature. Raises Equivocation when another one is there."""
-        files.write_once(self.root / "contract" / f"v{version}" / f"countersignature-{member}", document)
+        folder = self.root / "contract" / f"v{version}"
+        _make_folder(folder, 0o755)
+        files.write_once(folder / f"countersignature-{member}", document)
 
     def contract(self) -> tuple[int, bytes] | None:
         """The highest kept contract version and its signed document, or None before `silo join`."""

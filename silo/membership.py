@@ -12,12 +12,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from privacy import accounting, envelope, keys
+from privacy import accounting, base_model, envelope, keys
 from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member, mechanism, parse
 from privacy.messages import AGGREGATOR, Countersignature, Signed, decode, encode
-from silo.config import Limits
+from silo import records
+from silo.config import Config, Limits
 from silo.home import Home
 from silo.transport import Transport
 
@@ -143,6 +145,39 @@ def check_limits(accepted: Accepted, limits: Limits) -> float:
     return spent
 
 
+def check_fit(accepted: Accepted, *, config: Config, home: Home) -> None:
+    """Return if the base model here is the contract's, and the records here can be used under it.
+
+    What is found in the records stays here: to the others, a silo that does not fit is a silo that does not join.
+
+    Raises:
+        ConfigError: another model, or none.
+        RecordsError: a record cannot be used, a label is not the contract's, or there are too few units.
+    """
+    terms = accepted.terms
+    base_folder(terms, config.model.path)
+    units = records.load(Path(config.records.path), terms.task, terms.privacy, selection_key=home.selection_key)
+    records.check_enough(units, terms.privacy)
+
+
+def base_folder(terms: Contract, local: str = "") -> Path:
+    """The folder of the contract's base model: ``local``, or found by the contract's name; its digest is the contract's.
+
+    Raises:
+        ConfigError: there is none, or it holds other bytes than the contract pins.
+    """
+    folder = base_model.locate(local or terms.model.name)
+    found = base_model.digest(folder)
+    if found != terms.model.digest:
+        raise ConfigError(
+            f"the base model in {folder} has digest {found[:16]}, the contract says {terms.model.digest[:16]}",
+            hint="fetch the version the contract names, and give its folder in [model] path",
+            code="model-digest",
+            found=found,
+        )
+    return folder
+
+
 def countersign(
     home: Home,
     transport: Transport,
@@ -156,7 +191,7 @@ def countersign(
     """Sign the contract as the member that this silo is, and post the signature; safe to repeat.
 
     Args:
-        check_local: raises when this silo's model or records do not fit the contract (see ``silo.training.check_local``).
+        check_local: raises when this silo's model or records do not fit the contract: ``check_fit`` with two arguments given.
 
     Raises:
         TrustError: not a member, expired, or the board now shows another contract of this version.

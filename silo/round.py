@@ -63,11 +63,11 @@ Contribute = Callable[[State], Integers]
 class Gate(Protocol):
     """What a round needs of privacy.budget.Gate."""
 
-    def admit(self, round: int, attempt: bytes) -> int:  # noqa: A002
+    def admit(self, round: int, attempt: bytes) -> int:
         """Reserve the attempt's cost in the ledger, on disk, and give its counter; or refuse before any record is read."""
         ...
 
-    def settle(self, round: int, outcome: Literal["result", "void"]) -> None:  # noqa: A002
+    def settle(self, round: int, outcome: Literal["result", "void"]) -> None:
         """Note how the round ended, once; nothing is given back."""
         ...
 

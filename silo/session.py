@@ -51,7 +51,7 @@ class Epoch:
         if link.settled != after:
             raise TrustError(
                 f"the pair secrets stand after round {link.settled}, the state after round {after}",
-                hint="start a new epoch: `aggregator round` does when a silo asks for it",
+                hint="ask the coordinator for a new epoch",
                 code="chain-out-of-step",
             )
         return PairChain.from_bytes(link.chain).round_keys(round_ctx)

@@ -99,10 +99,7 @@ def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None,
             f"round {outcome.round} shows seeds of {[silo for silo, _ in outcome.seeds]} for a set of {list(frozen.headers)}"
         )
     for silo, seed in outcome.seeds:
-        header = frozen.headers[silo]
-        commitment = guardian_sum.self_commitment(seed, round_ctx=header.round_ctx, attempt=header.attempt, silo=silo)
-        if commitment != header.self_commitment:
-            raise _faulty(f"the seed of silo {silo} in round {outcome.round} contradicts its header")
+        guardian_sum.check_seed(frozen, silo, seed)
     if len(outcome.total) != 4 * terms.dimension:
         raise _faulty(f"round {outcome.round} has a sum of {len(outcome.total)} bytes, wanted {4 * terms.dimension}")
     return ring.lift(np.frombuffer(outcome.total, dtype="<u4"))

@@ -35,6 +35,7 @@ LONGEST_WAIT_S = 30.0
 MOST_BYTES = 16 << 20
 MOST_BYTES_OUTCOME = 2 << 30
 _CHUNK_GRACE_S = 15.0
+_NOT_THERE = "not-found"
 
 
 class Transport(Protocol):
@@ -100,7 +101,7 @@ class HttpTransport:
             status, body = self._exchange("GET", path, most=most)
             if status == 200:
                 return body
-            if status != 404:
+            if not (status == 404 and _problem(body).code == _NOT_THERE):  # another 404: this is no aggregator, or another version
                 raise refusal(status, body)
             if self._clock() >= end:
                 return None
@@ -201,15 +202,19 @@ _BY_CODE: dict[str, type[SiloquyError]] = {
 
 def refusal(status: int, body: bytes) -> SiloquyError:
     """The error that a problem+json answer stands for; its texts are cut to printable characters first."""
-    try:
-        problem = msgspec.json.decode(body, type=_Problem)
-    except msgspec.DecodeError:
-        problem = _Problem(detail=f"the aggregator answered {status}")
+    problem = _problem(body)
     kind = _BY_CODE.get(problem.code) or _BY_EXIT_CODE.get(problem.exit_code) or (MachineError if status >= 500 else RoundError)
     text = _plain(problem.message or problem.detail or problem.title or f"the aggregator answered {status}")
     return kind(
         text, hint=_plain(problem.hint) or "see the aggregator's log", code=_plain(problem.code) or None, http_status=status
     )
+
+
+def _problem(body: bytes) -> _Problem:
+    try:
+        return msgspec.json.decode(body, type=_Problem)
+    except msgspec.DecodeError:
+        return _Problem()
 
 
 def _plain(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import envelope, guardian_sum, keys, noise, ring
+from privacy import envelope, guardian_sum, noise, ring
 from privacy.epoch import Secret
 from privacy.errors import MachineError
 from privacy.federation import Contract, ring_plan
@@ -87,11 +87,6 @@ def masked(
             y, round_ctx=round_ctx, silo=silo, attempt=attempt, ledger_counter=ledger_counter, self_seed=seed, pair_keys=pair_keys
         )
     )
-    sealed = envelope.seal(seal_key, y.tobytes(), info=upload_info(round_ctx=round_ctx, silo=silo, header=signed))
+    sealed = envelope.seal(seal_key, y.tobytes(), info=guardian_sum.upload_info(round_ctx=round_ctx, silo=silo, header=signed))
     upload = encode(Upload(header=signed, sealed=sealed))
     return Persisted(round=round_number, round_ctx=round_ctx, attempt=attempt, self_seed=seed, header=signed, upload=upload)
-
-
-def upload_info(*, round_ctx: bytes, silo: int, header: bytes) -> bytes:
-    """What a sealed vector is bound to: "gsum/1 upload" NUL ‖ round_ctx ‖ u32 silo ‖ SHA-256(signed header)."""
-    return b"gsum/1 upload\0" + round_ctx + keys.u32(silo) + hashlib.sha256(header).digest()

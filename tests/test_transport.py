@@ -15,6 +15,10 @@ from silo.transport import HttpTransport
 LOCAL = "http://127.0.0.1:9"
 
 
+def missing():
+    return httpx2.Response(404, json={"code": "not-found", "exit_code": 6, "message": "there is none yet"})
+
+
 class Clock:
     """Seconds that pass only when somebody sleeps."""
 
@@ -55,7 +59,7 @@ def test_a_missing_document_is_none_after_the_wait():
     def answer(request):
         waits.append(float(request.url.params["wait"]))
         clock.now += waits[-1]
-        return httpx2.Response(404)
+        return missing()
 
     wire = HttpTransport(LOCAL, carrier=httpx2.MockTransport(answer), clock=clock, sleep=clock.sleep)
     assert wire.get("outcome", 1, 0, wait_s=70) is None
@@ -65,7 +69,7 @@ def test_a_missing_document_is_none_after_the_wait():
 
 def test_a_server_that_ignores_wait_is_not_asked_in_a_tight_loop():
     asked = []
-    wire, clock = board(lambda request: asked.append(1) or httpx2.Response(404))
+    wire, clock = board(lambda request: asked.append(1) or missing())
     assert wire.get("freeze", 1, 0, wait_s=10) is None
     assert len(asked) < 400
     assert clock.now >= 9
@@ -132,6 +136,14 @@ def test_a_refusal_without_a_problem_document_is_still_an_error():
     wire, _ = board(lambda request: httpx2.Response(400, content=b"<html>"))
     with pytest.raises(errors.RoundError, match="answered 400"):
         wire.put("consent", 1, 1, b"x")
+
+
+def test_a_404_that_is_not_an_aggregators_is_not_waited_for():
+    for body in (b"<html>not found</html>", b'{"code": "no-such-route", "exit_code": 6, "message": "no such route"}'):
+        wire, clock = board(lambda request, body=body: httpx2.Response(404, content=body))
+        with pytest.raises(errors.RoundError):
+            wire.get("freeze", 1, 0, wait_s=60)
+        assert clock.now == 0
 
 
 def test_what_a_server_says_cannot_move_the_cursor():

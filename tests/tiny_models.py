@@ -11,7 +11,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrai
 
 from privacy.federation import Contract, parse
 from silo.classifier import Classifier, Precision, assemble
-from silo.gradients import EncodedUnit, Row, Tape, pack, unit_gradients
+from silo.gradients import Tape, pack, unit_gradients
+from silo.tokens import EncodedUnit, Row
 from tests.terms import contract_bytes
 
 MAX_LENGTH = 40

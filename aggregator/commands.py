@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ``aggregator`` commands do, without the words: homes in, facts out.
+
+Each function opens what it needs from the aggregator's directory and closes it again. Only ``running`` and ``sign`` read the
+private key; ``serve`` never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from aggregator import admission, compliance, enrolment, report, rounds
+from aggregator.board import Board
+from aggregator.config import Home
+from aggregator.coordinator import Coordinator, coordinating
+from aggregator.desk import Event
+from aggregator.draft import Terms
+from aggregator.store import Store
+from privacy import base_model, files, keys
+from privacy.errors import ConfigError
+from privacy.federation import Accepted, Model
+from privacy.messages import AGGREGATOR
+
+ALL_LINEAR_OF_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+_SILO_KINDS = ("upload", "consent", "release", "acknowledgement")
+_SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An aggregator's home with its store."""
+
+    home: Home
+    store: Store
+
+    @property
+    def accepted(self) -> Accepted:
+        """The published contract. Raises ConfigError before there is one."""
+        accepted = rounds.accepted_in(self.store)
+        if accepted is None:
+            raise ConfigError("no contract is signed yet", hint="add the members, then run `aggregator sign`", code="no-contract")
+        return accepted
+
+
+@contextlib.contextmanager
+def opened(root: Path) -> Iterator[Opened]:
+    """The home in ``root`` and its store. Raises ConfigError when there is no aggregator there."""
+    home = Home(root)
+    store = Store(home.evidence_folder, home.database_url(home.config()))
+    try:
+        yield Opened(home=home, store=store)
+    finally:
+        store.close()
+
+
+def describe_model(name: str, targets: Sequence[str], pooling: str = "mean") -> tuple[Model, tuple[str, ...], int]:
+    """(the contract's model table, the adapted modules, Σ(in + out) over them) of a local, packaged or hub model.
+
+    Raises:
+        ConfigError: there is no such model, or a target matches none of its modules.
+    """
+    folder = base_model.locate(name)
+    described = base_model.describe(folder)
+    modules = base_model.match_modules(described, targets)
+    model = Model(name=name, digest=base_model.digest(folder), hidden_size=described.hidden_size, pooling=pooling)  # type: ignore[arg-type]
+    return model, modules, sum(sum(described.linear[module]) for module in modules)
+
+
+def init(
+    root: Path, *, organisation: str, terms: Terms, lora_width: int, host: str = "127.0.0.1", port: int, database_url: str = ""
+) -> dict[str, Any]:
+    """A new aggregator with its draft contract; what to tell the silos."""
+    home, identity = enrolment.init(
+        root, name="aggregator", organisation=organisation, terms=terms, host=host, port=port, database_url=database_url
+    )
+    files.write_atomic(_model_facts(home), json.dumps({"lora_width": lora_width}).encode() + b"\n")
+    return {"home": str(root), "draft": str(home.draft_path), "fingerprint": keys.fingerprint(identity.public)}
+
+
+def add_member(root: Path, public: Path) -> dict[str, Any]:
+    """Add the silo that introduces itself in ``public`` to the draft."""
+    try:
+        raw = public.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {public}: {error.strerror}", hint="ask the silo for its identity.pub", code="no-file"
+        ) from error
+    member = enrolment.add_member(Home(root), raw)
+    fingerprint = keys.fingerprint(keys.PublicIdentity(name=member.name, sign_key=bytes.fromhex(member.sign_key)))
+    return {"member": member.id, "name": member.name, "organisation": member.organisation, "fingerprint": fingerprint}
+
+
+def sign(root: Path) -> dict[str, Any]:
+    """Complete, check, sign and publish the draft."""
+    with opened(root) as at:
+        accepted = enrolment.sign_version(at.home, keys.load(at.home.identity_path), at.store, now=time.time())
+    plan = accepted.terms.privacy
+    return {
+        "contract": accepted.digest.hex(),
+        "version": accepted.terms.version,
+        "silos": accepted.terms.silos,
+        "noise_multiplier": plan.noise_multiplier,
+        "lattice_bits": plan.lattice_bits,
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "rounds": accepted.terms.training.rounds,
+        "dimension": accepted.terms.dimension,
+    }
+
+
+def serve(root: Path, *, host: str | None = None, port: int | None = None) -> None:
+    """Run the mailbox until it is told to stop; it holds no private key."""
+    from aggregator import service
+
+    with opened(root) as at:
+        listen = at.home.config().listen
+        board = Board(at.store, admission.admit, time.time)
+        service.serve(
+            service.create_app(board), host or listen.host, listen.port if port is None else port, service_file=at.home.service_path
+        )
+
+
+@contextlib.contextmanager
+def running(root: Path, *, progress: Callable[[Event], None], sleep: Callable[[float], None] = time.sleep) -> Iterator[Coordinator]:
+    """The coordinator of a home, alone at work in it."""
+    with opened(root) as at:
+        identity = keys.load(at.home.identity_path)
+        with coordinating(
+            at.home, store=at.store, identity=identity, clock=time.time, sleep=sleep, progress=progress
+        ) as coordinator:
+            yield coordinator
+
+
+def status(root: Path) -> dict[str, Any]:
+    """Public facts about the federation."""
+    with opened(root) as at:
+        return Board(at.store, admission.admit, time.time).status()
+
+
+def build_report(root: Path, extra: dict[str, compliance.Scalar] | None = None) -> compliance.Report:
+    """The facts of the report, from the documents on the board."""
+    with opened(root) as at:
+        accepted, settled = at.accepted, _settled(at)
+        last = settled[-1].state_digest if settled else _initial_state(accepted)
+        return compliance.facts(
+            accepted,
+            rounds=settled,
+            upload_bytes=bytes_per_silo_and_round(at, settled),
+            lora_bytes=_lora_bytes(at),
+            state_digest=last,
+            generated_at=int(time.time()),
+            software=software(),
+            extra=extra,
+        )
+
+
+def write_report(root: Path, folder: Path, facts: compliance.Report) -> tuple[Path, Path]:
+    """Write the report, signed with the aggregator's key; the paths of record and page."""
+    return report.write(facts, folder, sign=keys.load(Home(root).identity_path).sign)
+
+
+def bytes_per_silo_and_round(at: Opened, settled: Sequence[compliance.RoundFacts]) -> int:
+    """What one silo sent in one round, all its documents together: the mean over silos and complete rounds, rounded up."""
+    sent = [each.bytes_in / len(each.participants) for each in settled if each.kind == "result"]
+    return -int(-sum(sent) // len(sent)) if sent else 0
+
+
+def software() -> dict[str, str]:
+    """Versions of what computed the figures."""
+    versions = {name: importlib.metadata.version(name) for name in _SOFTWARE}
+    return {**versions, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def _initial_state(accepted: Accepted) -> str:
+    """Hex digest of the state before round 1."""
+    from privacy import update_rule
+
+    return update_rule.initial(accepted.terms).digest.hex()
+
+
+def in_a_year() -> str:
+    """The default expiry of a new contract, ISO 8601."""
+    return (datetime.now(UTC) + timedelta(days=365)).date().isoformat()
+
+
+def _settled(at: Opened) -> list[compliance.RoundFacts]:
+    accepted, found = at.accepted, []
+    for number in range(1, (at.store.latest("outcome") or 0) + 1):
+        opened_round = rounds.round_in(at.store, accepted, number)
+        ended = None if opened_round is None else rounds.outcome_in(at.store, accepted, opened_round)
+        entry = at.store.entry("outcome", number, AGGREGATOR)
+        if opened_round is None or ended is None or entry is None:
+            continue
+        body, outcome = ended
+        found.append(
+            compliance.RoundFacts(
+                number=number,
+                kind=outcome.kind,
+                reason=outcome.reason,
+                opened_at=opened_round.manifest.opened_at,
+                closed_at=entry.received_at,
+                participants=at.store.parties("upload", number),
+                outcome_digest=hashlib.sha256(body).hexdigest(),
+                state_digest=outcome.next_state.hex(),
+                bytes_in=_bytes_in(at, number),
+            )
+        )
+    return found
+
+
+def _bytes_in(at: Opened, number: int) -> int:
+    entries = (at.store.entry(kind, number, silo) for kind in _SILO_KINDS for silo in at.store.parties(kind, number))
+    return sum(entry.size for entry in entries if entry is not None)
+
+
+def _lora_bytes(at: Opened) -> int:
+    """What plain LoRA of the same rank and the same head would send, in float32."""
+    terms = at.accepted.terms
+    head = len(terms.task.labels) * (terms.model.hidden_size + 1)
+    width = int(json.loads(_model_facts(at.home).read_bytes())["lora_width"])
+    return 4 * (terms.adapter.rank * width + head)
+
+
+def _model_facts(home: Home) -> Path:
+    return home.root / "model.json"

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an empty folder to a published contract: init, member, sign.
+
+The coordinator owns ``federation.draft.toml``: a commented file, edited by hand until it is signed. Signing fills in what is
+computed (``noise_multiplier = "calibrate"``, ``lattice_bits = "auto"``), checks the whole, keeps the exact bytes in
+``contract/v1.toml`` and publishes them. Promised: a signed plan costs at most its own epsilon, by certified accounting; a
+member's key was shown to be in its holder's possession; signing again after a crash publishes the same bytes. Not promised:
+that a key belongs to the organisation it names: compare fingerprints over another channel. Only version 1 is signed here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from aggregator import rounds
+from aggregator.config import Config, Database, Home, Listen
+from aggregator.draft import AUTO, CALIBRATE, Terms, draft, quote
+from aggregator.store import Store
+from privacy import federation, files, keys, ring
+from privacy.envelope import sign
+from privacy.errors import BudgetExhausted, ConfigError
+from privacy.federation import Accepted, Contract, Member
+from privacy.keys import Identity, PublicIdentity
+from privacy.mechanism import LatticeGaussian
+from privacy.messages import AGGREGATOR
+
+_VERSION: Final = 1
+
+
+def init(
+    root: Path, *, name: str, organisation: str, terms: Terms, host: str, port: int, database_url: str = ""
+) -> tuple[Home, Identity]:
+    """A new aggregator: its folder, configuration, identity and draft contract.
+
+    Raises:
+        ConfigError: there is one already, or a name or value cannot stand.
+        MachineError: the folder cannot be written.
+    """
+    text = draft(
+        terms, PublicIdentity(name=name, sign_key=bytes(32), seal_key=bytes(keys.SEAL_KEY_BYTES))
+    )  # refuses before anything is made
+    _raw_terms(text)
+    home = Home.create(root, Config(name=name, listen=Listen(host=host, port=port), database=Database(url=database_url)))
+    identity = keys.create(home.identity_path, name=name, receives=True)
+    keys.write_public(home.public_path, identity, organisation)
+    files.write_atomic(home.draft_path, draft(terms, identity.public).encode())
+    return home, identity
+
+
+def add_member(home: Home, public: bytes) -> Member:
+    """The member that an ``identity.pub`` introduces, appended to the draft with the next free id.
+
+    Raises:
+        TrustError: malformed, a weak key, or no proof of possession.
+        ConfigError: the name or the key stands in the draft already, or the contract is signed.
+    """
+    _refuse_signed(home)
+    introduced = keys.read_public(public)
+    text = _read_draft(home)
+    terms = _raw_terms(text)
+    taken = {terms.aggregator.sign_key: terms.aggregator.name} | {member.sign_key: member.name for member in terms.member}
+    if introduced.sign_key.hex() in taken:
+        raise _duplicate(f"the key of {introduced.name} stands in the draft as {taken[introduced.sign_key.hex()]}")
+    if introduced.name in taken.values():
+        raise _duplicate(f"another party of the draft is called {introduced.name}")
+    member = Member(
+        id=max((each.id for each in terms.member), default=0) + 1, name=introduced.name, organisation=introduced.organisation,
+        sign_key=introduced.sign_key.hex(),
+    )  # fmt: skip
+    entry = f"""
+[[member]]
+# fingerprint {keys.fingerprint(introduced)}
+id = {member.id}
+name = {quote(member.name)}
+organisation = {quote(member.organisation)}
+sign_key = {quote(member.sign_key)}
+"""
+    files.write_atomic(home.draft_path, (text.rstrip("\n") + "\n" + entry).encode())
+    return member
+
+
+def sign_version(home: Home, identity: Identity, store: Store, *, now: float) -> Accepted:
+    """The contract of the draft, completed, checked, kept in ``contract/v1.toml``, signed and published.
+
+    Signed once; when only publishing was interrupted, it is completed with the kept bytes.
+
+    Raises:
+        ConfigError: version 1 stands, the draft contradicts itself, does not fit the ring, or names another aggregator.
+        BudgetExhausted: the plan with its stated noise costs more than its epsilon.
+        NotCertified: no noise reaches the epsilon.
+    """
+    if store.latest("contract") is not None:
+        raise _stands(home)
+    kept = home.contract_path(_VERSION)
+    accepted = federation.parse(kept.read_bytes() if kept.exists() else complete(_read_draft(home)).encode())
+    public, named = identity.public, accepted.terms.aggregator
+    if (public.sign_key.hex(), (public.seal_key or b"").hex()) != (named.sign_key, named.seal_key):
+        raise ConfigError(
+            f"the key here is {public.sign_key.hex()[:16]}…, the draft names {named.sign_key[:16]}…",
+            hint="put the keys of aggregator.pub into [aggregator] of the draft", code="identity",
+        )  # fmt: skip
+    if (accepted.terms.version, accepted.terms.previous) != (_VERSION, ""):
+        raise ConfigError(
+            f"the draft is version {accepted.terms.version} after {accepted.terms.previous[:16]!r}, wanted is 1 after ''",
+            hint='write version = 1 and previous = ""', code="contract",
+        )  # fmt: skip
+    _check_expiry(accepted.terms.expires, now)
+    check_plan(accepted.terms)
+    files.write_once(kept, accepted.raw)
+    raw = sign(identity, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
+    store.put_once("contract", _VERSION, AGGREGATOR, raw, received_at=now)
+    return rounds.open_contract(raw)
+
+
+def complete(text: str) -> str:
+    """The draft with its noise multiplier calibrated and its lattice bits chosen; the rest, comments too, as it stands.
+
+    Raises:
+        ConfigError: the draft does not parse, or no noise multiplier fits the ring.
+        NotCertified: no noise reaches the epsilon.
+    """
+    terms = _raw_terms(text)
+    if terms.shares < 1:
+        raise ConfigError(
+            f"the draft has {terms.silos} members and expects {terms.privacy.colluders} colluders",
+            hint="add the silos first: `aggregator member`",
+            code="contract",
+        )
+    calibrated, chosen = _is_open(text, "noise_multiplier", CALIBRATE), _is_open(text, "lattice_bits", AUTO)
+    sigma = _calibrated(terms, None if chosen else terms.privacy.lattice_bits) if calibrated else terms.privacy.noise_multiplier
+    bits = _plan(terms, sigma, None if chosen else terms.privacy.lattice_bits).lattice_bits
+    return _filled(text, sigma, bits)
+
+
+def check_plan(terms: Contract) -> float:
+    """The certified epsilon of the whole plan, at most the contract's own.
+
+    Raises:
+        BudgetExhausted: it is more.
+        NotCertified: no bound exists for these terms.
+    """
+    from privacy import accounting
+
+    spent = accounting.certify([federation.mechanism(terms)], terms.privacy.delta).epsilon
+    if spent > terms.privacy.epsilon:
+        raise BudgetExhausted(
+            f"{terms.training.rounds} rounds with noise multiplier {terms.privacy.noise_multiplier:g} cost epsilon {spent:.4g}, "
+            f"the draft promises {terms.privacy.epsilon:g}",
+            hint='write noise_multiplier = "calibrate", or plan fewer rounds', epsilon=spent, limit=terms.privacy.epsilon,
+        )  # fmt: skip
+    return spent
+
+
+def _check_expiry(expires: str, now: float) -> None:
+    today = datetime.datetime.fromtimestamp(now, datetime.UTC).date()
+    try:
+        last = datetime.date.fromisoformat(expires)
+    except ValueError as error:
+        raise ConfigError(f"expires = {expires} is no date", hint="write the last day as YYYY-MM-DD", code="contract") from error
+    if last < today:
+        raise ConfigError(f"the draft expired on {last}, today is {today}", hint="set a later day", code="contract")
+
+
+def _calibrated(terms: Contract, bits: int | None) -> float:
+    from privacy import accounting
+
+    def made(sigma: float) -> LatticeGaussian:
+        plan = _plan(terms, sigma, bits)
+        return LatticeGaussian(
+            sampling_rate=terms.privacy.sampling_rate, lattice_bits=plan.lattice_bits, share_variance=plan.share_variance,
+            shares=terms.shares, dimension=terms.dimension, steps=1,
+        )  # fmt: skip
+
+    wanted = terms.privacy
+    return accounting.calibrate(
+        epsilon=wanted.epsilon, delta=wanted.delta, sampling_rate=wanted.sampling_rate, steps=terms.training.rounds, make=made
+    )
+
+
+def _plan(terms: Contract, sigma: float, bits: int | None) -> ring.Plan:
+    return ring.plan(
+        silos=terms.silos, shares=terms.shares, dimension=terms.dimension, sampling_rate=terms.privacy.sampling_rate,
+        units=terms.privacy.units, noise_multiplier=sigma, lattice_bits=bits,
+    )  # fmt: skip
+
+
+def _raw_terms(text: str) -> Contract:
+    """The draft's values, not yet checked against each other; open places read as 1."""
+    filled = _filled(text, 1.0, 1)
+    empty = "" if re.search(r"(?m)^\[\[member\]\]", text) else "member = []\n"
+    try:
+        return msgspec.toml.decode(empty + filled, type=Contract)
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"federation.draft.toml: {error}", hint="mend that line; the comments say what each key is", code="contract"
+        ) from error
+
+
+def _filled(text: str, sigma: float, bits: int) -> str:
+    text = re.sub(_open_place("noise_multiplier", CALIBRATE), lambda found: f"{found[1]}{sigma!r}", text)
+    return re.sub(_open_place("lattice_bits", AUTO), lambda found: f"{found[1]}{bits}", text)
+
+
+def _is_open(text: str, key: str, word: str) -> bool:
+    return re.search(_open_place(key, word), text) is not None
+
+
+def _open_place(key: str, word: str) -> str:
+    return rf'(?m)^({key}[ \t]*=[ \t]*)"{word}"'
+
+
+def _read_draft(home: Home) -> str:
+    try:
+        return home.draft_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {home.draft_path}: {error}", hint="run `aggregator init` first", code="no-draft") from error
+
+
+def _refuse_signed(home: Home) -> None:
+    if home.contract_path(_VERSION).exists():
+        raise _stands(home)
+
+
+def _stands(home: Home) -> ConfigError:
+    path = home.contract_path(_VERSION)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "unknown"
+    return ConfigError(
+        f"version {_VERSION} of the contract is signed and stands (digest {digest}…)",
+        hint="silos countersign it with `silo join`; other terms need a new federation in a new folder", code="signed",
+    )  # fmt: skip
+
+
+def _duplicate(what: str) -> ConfigError:
+    return ConfigError(
+        what, hint="every silo has its own name and its own key; this one may be in already", code="duplicate-member"
+    )

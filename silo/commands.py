@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ``silo`` commands do, without the words: a home in, facts out.
+
+The one place that puts a silo's parts together: home, identity, ledger, gate, transport, contribution. Nothing is decided here.
+torch is loaded only by the functions that compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from privacy import keys
+from privacy.budget import Account, Gate, Limits
+from privacy.errors import ConfigError
+from privacy.federation import Accepted, Member, mechanism
+from privacy.ledger import History, Ledger
+from silo import config, membership
+from silo.home import Home
+from silo.participation import participate
+from silo.round import Parts, Settled
+from silo.settlement import load_progress
+from silo.transport import HttpTransport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Created:
+    """A new silo: what to send to the coordinator, and what to read aloud."""
+
+    public_path: Path
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One settled round of ``silo train``, for its owner."""
+
+    round: int
+    kind: str
+    epsilon: float
+    limit: float
+    seconds: float
+    state_digest: str
+
+
+def create(
+    root: Path, *, name: str, organisation: str, url: str, fingerprint: str, records: Path, epsilon: float, delta: float, model: str
+) -> Created:
+    """A new silo in ``root``: configuration, identity, local secrets, an empty ledger. A half-made one is completed.
+
+    Raises:
+        ConfigError: a value is not allowed, or there is a silo already.
+        MachineError: the folder cannot be written.
+    """
+    home = Home.create(root)
+    config.write_commented(
+        home.config_path,
+        name=name,
+        organisation=organisation,
+        url=url,
+        fingerprint=fingerprint,
+        records=str(records.absolute()),
+        epsilon=epsilon,
+        delta=delta,
+        model=str(Path(model).absolute()) if model else "",
+    )
+    identity = (
+        keys.load(home.identity_path) if home.identity_path.exists() else keys.create(home.identity_path, name=name, receives=False)
+    )
+    keys.write_public(home.public_path, identity, organisation)
+    if not home.ledger_path.exists():
+        Ledger.create(home.ledger_path, who=name, sign=identity.sign, verify=_verify(identity), clock=time.time).close()
+    return Created(public_path=home.public_path, fingerprint=keys.fingerprint(identity.public))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A contract that was fetched and verified, before this silo says yes."""
+
+    home: Home
+    transport: HttpTransport
+    identity: keys.Identity
+    accepted: Accepted
+    settings: config.Config
+    words: list[str]
+    plan_epsilon: float
+
+    def countersign(self) -> Member:
+        """Check limits, model and records, sign, and post; which member this silo is."""
+        member = membership.countersign(
+            self.home,
+            self.transport,
+            self.identity,
+            self.accepted,
+            limits=self.settings.limits,
+            now=datetime.now(UTC),
+            check_local=functools.partial(membership.check_fit, config=self.settings, home=self.home),
+        )
+        with _gate(self.home, self.identity, self.accepted, self.settings) as gate:
+            gate.declare(run=self.accepted.terms.name)
+        return member
+
+
+@contextlib.contextmanager
+def joining(root: Path, fingerprint: str) -> Iterator[Visit]:
+    """Fetch the contract for ``silo join``. ``fingerprint`` is the one given now, or the configured one.
+
+    Raises:
+        ConfigError: no fingerprint anywhere.
+        SiloquyError: as ``silo.membership``.
+    """
+    home, settings = _opened(root)
+    expected = fingerprint or settings.aggregator.fingerprint
+    if not expected:
+        raise ConfigError(
+            "the aggregator's fingerprint is not known", hint="ask the coordinator, give it with --fingerprint", code="fingerprint"
+        )
+    with home.locked(), _transport(settings) as transport:
+        accepted = membership.fetch_contract(transport, expected)
+        yield Visit(
+            home=home,
+            transport=transport,
+            identity=keys.load(home.identity_path),
+            accepted=accepted,
+            settings=settings,
+            words=membership.terms_in_words(accepted),
+            plan_epsilon=membership.check_limits(accepted, settings.limits),
+        )
+
+
+class Session:
+    """A silo that takes part in rounds; from ``training``."""
+
+    def __init__(self, parts: Parts, gate: Gate, *, basis: bytes, limit: float, wait_s: float) -> None:
+        self._parts, self._gate, self._basis, self._limit, self._wait_s = parts, gate, basis, limit, wait_s
+        self._settled = 0
+
+    @property
+    def rounds_left(self) -> int:
+        """How many attempts the plan has left."""
+        return self._gate.steps_left
+
+    def take_part(self, rounds: int) -> Iterator[Report]:
+        """Each of the next ``rounds`` rounds as it is settled. Raises as ``silo.participation.participate``."""
+        begun = time.monotonic()
+        for settled in participate(self._parts, basis=self._basis, rounds=rounds, wait_s=self._wait_s):
+            self._settled += 1
+            yield self._report(settled, time.monotonic() - begun)
+            begun = time.monotonic()
+
+    def summary(self) -> dict[str, Any]:
+        """What this process did, and where the silo stands."""
+        spent = self._gate.spent()
+        state = load_progress(self._parts.home, self._parts.accepted).state
+        return {
+            "rounds": self._settled,
+            "epsilon": spent.epsilon,
+            "delta": spent.delta,
+            "limit": self._limit,
+            "model_digest": state.digest.hex(),
+        }
+
+    def _report(self, settled: Settled, seconds: float) -> Report:
+        return Report(
+            round=settled.round,
+            kind=settled.kind,
+            epsilon=self._gate.spent().epsilon,
+            limit=self._limit,
+            seconds=seconds,
+            state_digest=settled.state.digest.hex(),
+        )
+
+
+@contextlib.contextmanager
+def training(root: Path) -> Iterator[Session]:
+    """Everything ``silo train`` needs, checked before a round is waited for: signatures, ledger, model, records, layout."""
+    from silo import training as learning
+
+    home, settings = _opened(root)
+    identity = keys.load(home.identity_path)
+    accepted, member = membership.joined(home, identity, now=datetime.now(UTC))
+    terms = accepted.terms
+    with home.locked(), _transport(settings) as transport, _gate(home, identity, accepted, settings) as gate:
+        membership.verify_all_countersigned(transport, accepted, home=home, wait_s=terms.sum.deadline_s)
+        gate.declare(run=terms.name)
+        contribution = learning.build(home, settings, terms)
+        parts = Parts(
+            home=home,
+            transport=transport,
+            identity=identity,
+            accepted=accepted,
+            member=member,
+            gate=gate,
+            contribute=contribution,
+            clock=time.time,
+        )
+        yield Session(
+            parts, gate, basis=contribution.model.basis_digest, limit=settings.limits.epsilon, wait_s=float(terms.sum.deadline_s)
+        )
+
+
+def dry_run(root: Path) -> dict[str, Any]:
+    """One step on this machine whose result is thrown away: seconds, memory, device. Nothing is charged or sent."""
+    from silo import training as learning
+
+    home, settings = _opened(root)
+    accepted, _ = membership.joined(home, keys.load(home.identity_path), now=datetime.now(UTC))
+    with home.locked():
+        found = learning.build(home, settings, accepted.terms).dry_run(load_progress(home, accepted).state)
+    return {
+        "seconds": round(found.seconds, 3),
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "device": found.device,
+        "precision": found.precision,
+    }
+
+
+def status(root: Path) -> dict[str, Any]:
+    """Who this silo is, what it joined, and the state it has reached."""
+    home, settings = _opened(root)
+    identity = keys.load(home.identity_path)
+    facts: dict[str, Any] = {"name": settings.name, "fingerprint": keys.fingerprint(identity.public), "joined": False}
+    try:
+        accepted, member = membership.joined(home, identity, now=datetime.now(UTC))
+    except ConfigError:
+        return facts
+    progress = load_progress(home, accepted)
+    spent = _account(home, identity, accepted, settings).spent()
+    return {
+        **facts,
+        "joined": True,
+        "federation": accepted.terms.name,
+        "member": member.id,
+        "contract": accepted.digest.hex(),
+        "round": progress.round,
+        "rounds_planned": accepted.terms.training.rounds,
+        "epsilon": spent.epsilon,
+        "delta": spent.delta,
+        "limit": settings.limits.epsilon,
+        "model_digest": progress.state.digest.hex(),
+    }
+
+
+def budget(root: Path, forecast: int) -> dict[str, Any]:
+    """What the ledger has charged, against the silo's limits, and what ``forecast`` more rounds would bring it to."""
+    home, settings = _opened(root)
+    identity = keys.load(home.identity_path)
+    accepted, _ = membership.joined(home, identity, now=datetime.now(UTC))
+    account = _account(home, identity, accepted, settings)
+    spent = account.spent()
+    ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
+    return {
+        "epsilon": spent.epsilon,
+        "epsilon_pld": spent.epsilon_pld,
+        "epsilon_rdp": spent.epsilon_rdp,
+        "delta": spent.delta,
+        "limit": settings.limits.epsilon,
+        "left": account.left,
+        "steps": accepted.terms.training.rounds - account.steps_left,
+        "steps_left": account.steps_left,
+        "forecast": [{"rounds": rounds, "epsilon": epsilon} for rounds, epsilon in account.forecast(ahead)],
+    }
+
+
+def evaluate(root: Path, records: Path, private_head: Sequence[Path]) -> dict[str, Any]:
+    """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
+    from silo import evaluation
+
+    home, settings = _opened(root)
+    accepted, _ = membership.joined(home, keys.load(home.identity_path), now=datetime.now(UTC))
+    progress = load_progress(home, accepted)
+    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=settings.compute)
+    facts: dict[str, Any] = {
+        "accuracy_before": evaluation.evaluate(bench, None, records),
+        "accuracy_after": evaluation.evaluate(bench, progress.state, records),
+        "rounds": progress.round,
+        "model_digest": progress.state.digest.hex(),
+    }
+    if private_head:
+        facts["accuracy_head"] = evaluation.private_head(bench, private_head, records)
+    return facts
+
+
+def _opened(root: Path) -> tuple[Home, config.Config]:
+    home = Home(root)
+    return home, config.load(home.config_path)
+
+
+@contextlib.contextmanager
+def _transport(settings: config.Config) -> Iterator[HttpTransport]:
+    transport = HttpTransport(settings.aggregator.url, insecure_http=settings.aggregator.insecure_http)
+    try:
+        yield transport
+    finally:
+        transport.close()
+
+
+@contextlib.contextmanager
+def _gate(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Iterator[Gate]:
+    ledger = Ledger.open(home.ledger_path, sign=identity.sign, verify=_verify(identity), clock=time.time)
+    try:
+        yield Gate(ledger, _limits(settings), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
+    finally:
+        ledger.close()
+
+
+def _account(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Account:
+    history = History.read(home.ledger_path, verify=_verify(identity))
+    return Account(history, _limits(settings), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
+
+
+def _limits(settings: config.Config) -> Limits:
+    return Limits(epsilon=settings.limits.epsilon, delta=settings.limits.delta)
+
+
+def _verify(identity: keys.Identity) -> Callable[[bytes, bytes], None]:
+    """Checks signatures of this identity."""
+    return functools.partial(keys.verify_signature, identity.public.sign_key)

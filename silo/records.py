@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A silo's records, grouped into privacy units.
+
+Promised: what is kept of a unit is a function of that unit's own records and a key that never leaves the silo, whatever
+else the file holds and in whatever order. Nothing is deduplicated, counted or fitted across units (PRIVACY.md §1). Every
+record that cannot be used is refused with its file and line, and none is ever quoted: errors end up in logs.
+Not promised: that two spellings of one person are one unit. The unit column must say so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from privacy.errors import RecordsError
+from privacy.federation import Privacy, Task
+from privacy.rows import Row, read_rows, refuse
+
+RECORD_AS_UNIT = "record"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One or two texts and the class (a position in ``task.labels``)."""
+
+    texts: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """All records that stand or fall together: one patient, one customer, or one record."""
+
+    id: str
+    records: tuple[Record, ...]
+
+
+def load(path: Path, task: Task, privacy: Privacy, *, selection_key: bytes) -> tuple[Unit, ...]:
+    """The units of ``path``, in the order in which they first appear.
+
+    The columns are ``text``, ``text_pair`` where the task has one, ``label``, and the one that ``privacy.unit`` names;
+    with the unit ``record`` each row is a unit, named by its place. Others are passed over.
+
+    Formal guarantees:
+        - A unit's records depend on its own rows and ``selection_key`` (32 secret bytes) alone.
+        - At most ``max_records_per_unit`` are kept: those with the smallest HMAC-SHA256, in that order.
+        - The order of the rows, and the other units, change neither which are kept nor their order.
+
+    Edge cases:
+        - Equal records of one unit count as many times as they stand there.
+        - A row without a unit value is refused, never given a unit of its own.
+
+    Raises:
+        RecordsError: a row, or the file, cannot be used; see the module docstring.
+        ValueError: ``selection_key`` is not 32 bytes.
+    """
+    if len(selection_key) != 32:
+        raise ValueError(f"the selection key must be 32 bytes, found {len(selection_key)}")
+    units: dict[str, list[Record]] = {}
+    for line, row in read_rows(path):
+        unit = _unit_of(path, line, row, privacy.unit)
+        units.setdefault(unit, []).append(_record(path, line, row, task))
+    return tuple(
+        Unit(id=unit, records=_kept(records, privacy.max_records_per_unit, selection_key)) for unit, records in units.items()
+    )
+
+
+def check_enough(units: Sequence[Unit], privacy: Privacy) -> None:
+    """Returns when ``units`` are at least as many as one expected batch of the contract, q·units.
+
+    Raises:
+        RecordsError: they are fewer.
+    """
+    batch = math.ceil(privacy.sampling_rate * privacy.units)
+    if len(units) < batch:
+        raise RecordsError(
+            f"{len(units)} privacy units, one batch of this contract expects {batch} "
+            f"(sampling rate {privacy.sampling_rate:g} of {privacy.units} units)",
+            hint="add records, or agree on a smaller sampling rate or number of units in the contract",
+            found=len(units),
+            expected=batch,
+        )
+
+
+def _kept(records: Sequence[Record], most: int, key: bytes) -> tuple[Record, ...]:
+    return tuple(sorted(records, key=lambda record: hmac.digest(key, _canonical(record), hashlib.sha256))[:most])
+
+
+def _canonical(record: Record) -> bytes:
+    """An injective encoding: every text with its length in front, then the class."""
+    texts = [text.encode() for text in record.texts]
+    return b"".join(len(text).to_bytes(8, "big") + text for text in texts) + record.label.to_bytes(8, "big")
+
+
+def _record(path: Path, line: int, row: Row, task: Task) -> Record:
+    fields = ("text", "text_pair") if task.text_pair else ("text",)
+    return Record(texts=tuple(_text(path, line, row, field) for field in fields), label=_label(path, line, row, task.labels))
+
+
+def _field(path: Path, line: int, row: Row, field: str) -> object:
+    value = row.get(field)
+    if value is None:
+        state = "is missing" if field not in row else "is null"
+        refuse(path, line, f'the field "{field}" {state}, a value was expected', f'give every row a "{field}"')
+    return value
+
+
+def _text(path: Path, line: int, row: Row, field: str) -> str:
+    value = _field(path, line, row, field)
+    if not isinstance(value, str):
+        refuse(path, line, f'"{field}" is {type(value).__name__}, expected text', f'write "{field}" as text')
+    if not value.strip():
+        refuse(path, line, f'"{field}" is empty, expected text', "drop the row or fill it in")
+    _check_unicode(path, line, value, field)
+    return value
+
+
+def _label(path: Path, line: int, row: Row, labels: tuple[str, ...]) -> int:
+    value = _field(path, line, row, "label")
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        refuse(path, line, f'"label" is {type(value).__name__}, expected text or an integer', "write labels as the contract does")
+    if str(value) not in labels:
+        shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+        refuse(
+            path,
+            line,
+            f"the label is none of the contract's {len(labels)}: {shown}",
+            "correct the row; a new label needs a new version of the contract",
+        )
+    return labels.index(str(value))
+
+
+def _unit_of(path: Path, line: int, row: Row, column: str) -> str:
+    if column == RECORD_AS_UNIT:
+        return str(line)
+    value = _field(path, line, row, column)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        refuse(
+            path,
+            line,
+            f'the unit "{column}" is {type(value).__name__}, expected text or an integer',
+            "write one kind of id throughout",
+        )
+    if not str(value).strip():
+        refuse(path, line, f'the unit "{column}" is empty', "give every row the id of its unit, or drop the row")
+    _check_unicode(path, line, str(value), column)
+    return str(value)
+
+
+def _check_unicode(path: Path, line: int, value: str, field: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        refuse(path, line, f'"{field}" holds half a character (a lone surrogate)', "mend the escape sequences of the row")
