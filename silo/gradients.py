@@ -16,19 +16,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from privacy.errors import ConfigError, PrivacyRefusal
 from silo.tokens import EncodedUnit
-
-if TYPE_CHECKING:
-    from silo.classifier import Classifier
 
 RowsFor = Callable[[int], int]
 """The constant number of rows of a physical batch of a given length; at least max_records_per_unit for every length."""
@@ -61,6 +60,36 @@ class PhysicalBatch:
             token_type_ids=types,
             labels=self.labels.to(device),
         )
+
+
+class Rowwise(Protocol):
+    """A model whose rows are independent and whose trainables are recorded row by row; ``silo.classifier.Classifier`` is one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """d, the number of trainables."""
+        ...
+
+    def read(self) -> NDArray[np.float64]:
+        """The trainables, flat ``(d,)``."""
+        ...
+
+    def write(self, theta: NDArray[np.float64]) -> None:
+        """Set the trainables."""
+        ...
+
+    def row_losses(self, batch: PhysicalBatch) -> Tensor:
+        """One loss per row ``(rows,)``; a row's loss depends on that row alone."""
+        ...
+
+    def recording(self, rows: Tensor) -> AbstractContextManager[None]:
+        """While open, each row's gradient is written to ``rows`` ``(rows, d)`` in the backward pass."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +155,7 @@ def rowwise_linear(y: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot | 
         return recorded
 
 
-def unit_gradients(model: Classifier, batch: PhysicalBatch, tape: Tape) -> Tensor:
+def unit_gradients(model: Rowwise, batch: PhysicalBatch, tape: Tape) -> Tensor:
     """The gradient ``(units, d)`` float32 of every unit in ``batch``: the sum of its rows' cross-entropy gradients, unclipped.
 
     Order of the d columns: ``Classifier.read``. No parameter's ``.grad`` is touched.
@@ -240,7 +269,7 @@ def _physical(units: Sequence[EncodedUnit], length: int, rows: int) -> PhysicalB
     )
 
 
-def check_invariance(model: Classifier, units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) -> bool:
+def check_invariance(model: Rowwise, units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) -> bool:
     """Whether a unit's gradient is the same bits in every slot; the start-up test of PRIVACY.md sections 1 and 2.
 
     Each of ``units``, and a unit of ``max_length`` made from the first, is run alone, among copies of itself and among other
@@ -267,7 +296,7 @@ def check_invariance(model: Classifier, units: Sequence[EncodedUnit], rows_for: 
     return all(verdicts)
 
 
-def _same_in_every_slot(model: Classifier, unit: EncodedUnit, probes: Sequence[EncodedUnit], length: int, rows: int) -> bool:
+def _same_in_every_slot(model: Rowwise, unit: EncodedUnit, probes: Sequence[EncodedUnit], length: int, rows: int) -> bool:
     """One unit at one shape; raises PrivacyRefusal when its gradient in the first slot depends on its batch-mates."""
     tape = Tape(model.dimension)
 
@@ -312,7 +341,7 @@ def _stretched(unit: EncodedUnit, length: int) -> EncodedUnit:
 
 
 @contextlib.contextmanager
-def _probe_state(model: Classifier) -> Iterator[None]:
+def _probe_state(model: Rowwise) -> Iterator[None]:
     """The model at a fixed, public, non-zero state; its own state is put back."""
     before = model.read()
     model.write(0.05 * np.random.Generator(np.random.PCG64(0)).standard_normal(model.dimension))

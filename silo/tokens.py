@@ -64,6 +64,9 @@ def _check_tokens(units: Sequence[EncodedUnit]) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 (transformers has no types here)
+    # Without it transformers may make up a tokenizer that knows no word, and every text would become the same.
+    if not (folder / "tokenizer.json").is_file():
+        raise _no_tokenizer(folder, "there is no tokenizer.json")
     from transformers import AutoTokenizer
 
     try:
@@ -71,7 +74,7 @@ def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 (transformers has no types 
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _no_tokenizer(folder, str(error).split("\n", 1)[0]) from error
     if not tokenizer.is_fast:
-        raise _no_tokenizer(folder, "it has no tokenizer.json")
+        raise _no_tokenizer(folder, "it is not a fast one")
     return tokenizer
 
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +80,9 @@ def test_functions_and_files_stay_short_and_annotated() -> None:
                 text = ast.get_docstring(node, clean=False)
                 lines = node.end_lineno - node.lineno + 1 - (len(text.splitlines()) if text else 0)
                 assert lines <= 60, f"{path}:{node.lineno} {node.name} has {lines} lines"
-                unnamed = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None and a.arg not in {"self", "cls"}]
+                unnamed = [
+                    a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None and a.arg not in {"self", "cls"}
+                ]
                 assert not unnamed, f"{path}:{node.lineno} {node.name}: {unnamed}"
                 assert node.returns is not None, f"{path}:{node.lineno} {node.name}"
 
@@ -90,7 +92,9 @@ def test_no_global_generator_is_seeded_and_nothing_prints() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in {"torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed", "print"}, f"{path}:{node.lineno}"
+                assert called not in {"torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed", "print"}, (
+                    f"{path}:{node.lineno}"
+                )
 
 
 @pytest.mark.parametrize("command", ["silo", "aggregator"])
@@ -102,15 +106,10 @@ def test_help_is_fast_and_loads_nothing_heavy(command: str) -> None:
     )
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-    bare = min(_seconds("pass") for _ in range(5))
-    assert min(times) < 0.3 + bare, f"{min(times):.2f} s, of which the interpreter {bare:.2f} s"
-
-
-def _seconds(code: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - start
+    # Processor seconds, not the clock: the suite runs beside others.
+    assert min(times) < 0.3, f"{min(times):.2f} s"

@@ -125,7 +125,7 @@ def test_a_bad_row_is_refused_with_its_place_and_without_its_text(tmp_path: Path
 @pytest.mark.parametrize("value", [None, "", "  ", 1.5, True, ["a"]])
 def test_a_row_without_a_usable_unit_is_refused(tmp_path: Path, value: Any) -> None:
     path = jsonl(tmp_path / "r.jsonl", [{**GOOD, "patient": "a"}, {**GOOD, "patient": value}])
-    with pytest.raises(RecordsError, match=":2: .*patient"):
+    with pytest.raises(RecordsError, match=r":2: .*patient"):
         read(path, unit="patient")
 
 
@@ -228,6 +228,6 @@ def test_a_short_selection_key_is_a_mistake_of_the_caller(tmp_path: Path) -> Non
 def test_fewer_units_than_a_batch_are_refused() -> None:
     units = [Unit(id=str(n), records=()) for n in range(11)]
     check_enough(units, terms(units=101, sampling_rate=0.1))
-    with pytest.raises(RecordsError, match="10 privacy units.*expects 11") as caught:
+    with pytest.raises(RecordsError, match=r"10 privacy units.*expects 11") as caught:
         check_enough(units[:10], terms(units=101, sampling_rate=0.1))
     assert caught.value.exit_code == 3

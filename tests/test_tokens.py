@@ -60,10 +60,14 @@ def test_no_units_need_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    # transformers itself would make up an empty tokenizer from this configuration.
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="tokenizer") as caught:
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json") as caught:
         encode([unit("a", ("x",))], tmp_path, ONE)
     assert caught.value.hint
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="no usable tokenizer"):
+        encode([unit("a", ("x",))], tmp_path, ONE)
 
 
 def test_an_encoded_unit_cannot_be_changed() -> None:
