@@ -29,7 +29,9 @@ class Terms:
     rounds: int
     text_pair: bool = False
     max_length: int = 128
-    rank: int = 16
+    rank: int = 8
+    scale: float = 1.0
+    head_scale: float = 1.0
     optimizer: str = "adam"
     learning_rate: float = 0.02
     warmup_rounds: int = 0
@@ -111,9 +113,10 @@ rank = {terms.rank}
 modules = {_list(terms.modules)}
 # Where A and B come from: the layer's own weights.
 basis = "weights"
-# The adapter's scale, and the classifier's.
-scale = 1.0
-head_scale = 1.0
+# The adapter's scale: W + scale * B R A. Gradients are clipped together, so a larger scale gives R a larger share of the clip.
+scale = {terms.scale!r}
+# What the head's input is multiplied by; a smaller one leaves more of the clip to R.
+head_scale = {terms.head_scale!r}
 """
 
 

@@ -48,6 +48,7 @@ class Settings:
     delta: float | None = None
     sampling_rate: float = 0.15
     rank: int = 8
+    scale: float = 16.0
     learning_rate: float = 0.03
     max_grad_norm: float = 1.0
     max_length: int = 64
@@ -206,6 +207,7 @@ def _enrol(settings: Settings, dealt: _Dealt, aggregator: Path, running: Childre
         text_pair=dealt.text_pair,
         max_length=settings.max_length,
         rank=settings.rank,
+        scale=settings.scale,
         learning_rate=settings.learning_rate,
         warmup_rounds=min(2, settings.rounds - 1),
         decay_rounds=settings.rounds // 2,

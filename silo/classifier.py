@@ -79,14 +79,19 @@ class Classifier(nn.Module):
 
     def forward(self, batch: PhysicalBatch) -> Tensor:
         """Logits ``(rows, labels)`` float32."""
+        features = self.features(batch)[:, None, :]
+        return rowwise_linear(features, self.head.weight, self.head.bias, self.head_slot).squeeze(1)
+
+    def features(self, batch: PhysicalBatch) -> Tensor:
+        """What the head sees: the pooled, scaled vector ``(rows, hidden)`` float32."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             hidden = self.encoder(**inputs).last_hidden_state  # (rows, L, hidden)
         weights = _pooling_weights(batch.attention_mask, self.pooling)  # (rows, L)
-        features = self.head_scale * (hidden.float() * weights[:, :, None]).sum(dim=1, keepdim=True)  # (rows, 1, hidden)
-        return rowwise_linear(features, self.head.weight, self.head.bias, self.head_slot).squeeze(1)
+        pooled: Tensor = self.head_scale * (hidden.float() * weights[:, :, None]).sum(dim=1)
+        return pooled
 
     def row_losses(self, batch: PhysicalBatch) -> Tensor:
         """Cross entropy of each row, ``(rows,)``: never the mean over rows, and never the encoder's own loss."""

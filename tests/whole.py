@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole federation in one process: the real coordinator, store, board and admission; real silos with keys, ledgers and disks.
+
+Only HTTP is left out: a silo's transport is the board itself. Levers: a power cut after or before any document, documents
+altered on their way to one silo, a clock that a test moves, a copied home, and a spy on what a silo computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from aggregator import admission
+from aggregator import config as places
+from aggregator.board import Board
+from aggregator.coordinator import Coordinator, coordinating
+from aggregator.store import Store
+from privacy import envelope, federation, keys, ledger
+from privacy.budget import Gate, Limits
+from privacy.messages import AGGREGATOR
+from privacy.prg import Randomness
+from silo import config, membership, session
+from silo.home import Home
+from silo.participation import participate
+from silo.round import Parts, Rounds, Settled
+from silo.settlement import load_progress
+from tests.terms import contract_bytes
+
+SILOS = (1, 2, 3)
+BASIS = b"b" * 32
+NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+LIMITS = Limits(epsilon=50.0, delta=1e-5)
+PATIENCE_S = 30.0
+
+
+class PowerCut(BaseException):
+    """Every process is gone: nothing may catch it."""
+
+
+class Power:
+    """Lets ``left`` new documents be stored, then cuts: after the last of them, or before the next one."""
+
+    def __init__(self, left: int | None = None, *, before: bool = False):
+        self.left, self.before, self.is_out = left, before, False
+
+    def check(self) -> None:
+        if self.is_out:
+            raise PowerCut
+
+    def cut(self) -> None:
+        self.is_out = True
+        raise PowerCut
+
+
+class LoggingStore(Store):
+    """The store, which also keeps the order of its documents, and rings when one comes."""
+
+    def __init__(self, *args, bell: threading.Condition, power: Power):
+        super().__init__(*args)
+        self.bell, self.power = bell, power
+        self.log: list[tuple[tuple[str, int, int], bytes]] = []
+
+    def put_once(self, kind, number, party, data, *, received_at):
+        with self.bell:
+            self.power.check()
+            is_new = self.entry(kind, number, party) is None
+            if is_new and self.power.left == 0:
+                self.power.cut()
+            found = super().put_once(kind, number, party, data, received_at=received_at)
+            if is_new:
+                self.log.append(((kind, number, party), data))
+                self.bell.notify_all()
+                if self.power.left is not None:
+                    self.power.left -= 1
+                    if self.power.left == 0 and not self.power.before:
+                        self.power.cut()
+            return found
+
+
+class View:
+    """aggregator.rounds.Documents over some documents: the board as it stood at a moment."""
+
+    def __init__(self, documents):
+        self.documents = dict(documents)
+
+    def get(self, kind, number, party):
+        return self.documents.get((kind, number, party))
+
+    def parties(self, kind, number):
+        return tuple(sorted(p for k, n, p in self.documents if (k, n) == (kind, number)))
+
+    def latest(self, kind):
+        return max((n for k, n, _ in self.documents if k == kind), default=None)
+
+
+class Line:
+    """A silo's transport: the board, without HTTP. ``alter`` may change what this silo is shown, or raise PowerCut."""
+
+    def __init__(self, board: Board, bell: threading.Condition, power: Power):
+        self.board, self.bell, self.power = board, bell, power
+        self.alter: Callable[[tuple[str, int, int], bytes | None], bytes | None] = lambda slot, data: data
+
+    def get(self, kind, number, party, *, wait_s):
+        end = time.monotonic() + wait_s
+        with self.bell:
+            while True:
+                self.power.check()
+                found = self.board.get(kind, number, party)
+                if found is not None or time.monotonic() >= end:
+                    return self.alter((kind, number, party), found)
+                self.bell.wait(min(0.05, max(0.0, end - time.monotonic())))
+
+    def put(self, kind, number, party, data):
+        self.power.check()
+        self.board.put(kind, number, party, data)
+
+    def status(self):
+        return self.board.status()
+
+
+class Clock:
+    """The real time, moved by what the test skips."""
+
+    def __init__(self):
+        self.skipped = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.skipped
+
+
+def contribution(silo: int):
+    """A silo's noiseless sum: integers that depend on silo and state."""
+
+    def contribute(state):
+        return np.random.default_rng([silo, state.applied]).integers(-1000, 1000, state.theta.size)
+
+    return contribute
+
+
+class Silo:
+    """A silo's process over its home; making a new one is a restart. Use as a context: it holds the ledger's lock."""
+
+    def __init__(self, root: Path, accepted, silo: int, line, *, contribute=None, limits=LIMITS, seeded=False):
+        self.id, self.home, self.line = silo, Home(root), line
+        self.identity = keys.load(self.home.identity_path)
+        verify = functools.partial(keys.verify_signature, self.identity.public.sign_key)
+        self.ledger = ledger.Ledger.open(self.home.ledger_path, sign=self.identity.sign, clock=time.time, verify=verify)
+        plan = federation.mechanism(accepted.terms)
+        self.gate = Gate(self.ledger, limits, plan=plan, contract=accepted.digest.hex())
+        self.gate.declare()
+        self.parts = Parts(
+            home=self.home, transport=line, identity=self.identity, accepted=accepted, member=accepted.terms.by_id(silo),
+            gate=self.gate, contribute=contribute or contribution(silo), clock=time.time,
+            **({"randomness": self.seeded_noise} if seeded else {}),
+        )  # fmt: skip
+
+    def seeded_noise(self) -> Randomness:
+        """Noise that a test can draw again: a function of silo and round."""
+        return noise_source(self.id, load_progress(self.home, self.parts.accepted).round + 1)
+
+    def rounds(self, count: int, wait_s: float = PATIENCE_S) -> Iterator[Settled]:
+        return participate(self.parts, basis=BASIS, rounds=count, wait_s=wait_s)
+
+    def take_part(self, count: int, wait_s: float = PATIENCE_S) -> list[Settled]:
+        with self:
+            return list(self.rounds(count, wait_s))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ledger.close()
+
+
+def noise_source(silo: int, number: int) -> Randomness:
+    return Randomness.from_key(hashlib.sha256(bytes([silo, number])).digest())
+
+
+class Whole:
+    """A federation in ``root``. Its folders may be copied and opened again with ``Whole.opened``."""
+
+    def __init__(self, root: Path, accepted, *, power: Power | None = None):
+        self.root, self.accepted = root, accepted
+        self.bell, self.power, self.clock = threading.Condition(threading.RLock()), power or Power(), Clock()
+        self.home = places.Home(root / "aggregator")
+        self.store = LoggingStore(
+            self.home.evidence_folder, self.home.database_url(self.home.config()), bell=self.bell, power=self.power
+        )
+        self.board = Board(self.store, admission.admit, self.clock)
+        self.identity = keys.load(self.home.identity_path)
+
+    @classmethod
+    def create(cls, root: Path, **changes) -> Whole:
+        """A new federation, its contract published and countersigned by all; no epoch yet."""
+        hub = places.Home.create(root / "aggregator", places.Config(name="hub"))
+        hub_identity = keys.create(hub.identity_path, name="hub", receives=True)
+        identities = {}
+        for silo in SILOS:
+            home = Home.create(root / f"silo-{silo}")
+            identity = identities[silo] = keys.create(home.identity_path, name=f"silo-{silo}", receives=False)
+            verify = functools.partial(keys.verify_signature, identity.public.sign_key)
+            ledger.Ledger.create(home.ledger_path, who=identity.name, sign=identity.sign, clock=time.time, verify=verify).close()
+        changes["sum"] = {"deadline_s": 60, "max_void_rounds": 2, **changes.get("sum", {})}
+        accepted = federation.parse(
+            contract_bytes(
+                sign_keys=[identities[s].public.sign_key.hex() for s in SILOS],
+                aggregator_key=hub_identity.public.sign_key.hex(), seal_key=hub_identity.public.seal_key.hex(), **changes,
+            )  # fmt: skip
+        )
+        whole = cls(root, accepted)
+        raw = envelope.sign(hub_identity, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
+        whole.store.put_once("contract", 1, AGGREGATOR, raw, received_at=time.time())
+        for silo in SILOS:
+            membership.countersign(
+                Home(root / f"silo-{silo}"), whole.line(), identities[silo], accepted,
+                limits=config.Limits(epsilon=50.0, delta=1e-5), now=NOW, check_local=lambda accepted: None,
+            )  # fmt: skip
+        return whole
+
+    def copied(self, root: Path, **options) -> Whole:
+        """A copy of everything on disk, opened."""
+        self.close()
+        shutil.copytree(self.root, root)
+        return Whole(root, self.accepted, **options)
+
+    def restarted(self, **options) -> Whole:
+        """New objects from the same disk."""
+        self.close()
+        return Whole(self.root, self.accepted, **options)
+
+    def close(self) -> None:
+        self.store.close()
+
+    def line(self) -> Line:
+        return Line(self.board, self.bell, self.power)
+
+    def silo(self, silo: int, *, folder: str = "", line: Line | None = None, **options) -> Silo:
+        root = self.root / (folder or f"silo-{silo}")
+        return Silo(root, options.pop("accepted", self.accepted), silo, line or self.line(), **options)
+
+    @contextlib.contextmanager
+    def coordinator(self) -> Iterator[Coordinator]:
+        def sleep(seconds: float) -> None:
+            self.power.check()
+            with self.bell:
+                self.bell.wait(seconds)
+
+        with coordinating(
+            self.home, store=self.store, identity=self.identity, clock=self.clock, sleep=sleep, progress=lambda event: None
+        ) as made:
+            yield made
+
+    def coordinate(self, last: int):
+        """Everything up to round ``last``, as `aggregator round` does it; how each round closed."""
+        with self.coordinator() as coordinator:
+            coordinator.ensure_countersigned()
+            coordinator.ensure_epoch()
+            return [coordinator.run_round(number) for number in range(coordinator.next_round, last + 1)]
+
+    def run(self, last: int, *, silos=SILOS, **options):
+        """Rounds up to ``last`` with these silos: (what each silo settled, how the rounds closed)."""
+        jobs = [functools.partial(self.take_part, silo, last, **options) for silo in silos]
+        *settled, closed = together(*jobs, functools.partial(self.coordinate, last))
+        return dict(zip(silos, settled, strict=True)), closed
+
+    def take_part(self, silo: int, last: int, **options) -> list[Settled]:
+        """This silo's part up to round ``last``; a silo that is there already still says its last word."""
+        with self.silo(silo, **options) as running:
+            missing = last - self.progress(silo).round
+            if missing > 0:
+                return list(running.rounds(missing))
+            Rounds(running.parts, session.current(running.home)).take_part(wait_s=0.0)
+            return []
+
+    def progress(self, silo: int):
+        return load_progress(Home(self.root / f"silo-{silo}"), self.accepted)
+
+    def attempts(self, silo: int, number: int) -> list[str]:
+        return self.history(silo).attempts(self.accepted.digest.hex(), number)
+
+    def history(self, silo: int) -> ledger.History:
+        home = Home(self.root / f"silo-{silo}")
+        key = keys.load(home.identity_path).public.sign_key
+        return ledger.History.read(home.ledger_path, verify=functools.partial(keys.verify_signature, key))
+
+    def wait_for(self, kind: str, number: int, *parties: int) -> None:
+        """Return when these parties' documents stand."""
+        with self.bell:
+            assert self.bell.wait_for(lambda: set(parties) <= set(self.store.parties(kind, number)), PATIENCE_S)
+
+
+def together(*jobs):
+    """Run jobs at the same time: their results, or the first error by place once all have ended; PowerCut comes last."""
+    results, faults = [None] * len(jobs), {}
+
+    def run(place, job):
+        try:
+            results[place] = job()
+        except BaseException as error:
+            faults[place] = error
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE_S)
+    real = [faults[place] for place in sorted(faults) if not isinstance(faults[place], PowerCut)]
+    if faults:
+        raise (real or list(faults.values()))[0]
+    return results
+
+
+def flips(data: bytes, step: int = 37) -> Iterator[bytes]:
+    """``data`` with one bit turned, at every ``step``-th byte; another bit each time."""
+    for place in range(0, len(data), step):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place // step) % 8
+        yield bytes(changed)
