@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,17 +64,31 @@ def opened(root: Path) -> Iterator[Opened]:
         store.close()
 
 
-def describe_model(name: str, targets: Sequence[str], pooling: str = "mean") -> tuple[Model, tuple[str, ...], int]:
+def describe_model(
+    name: str, targets: Sequence[str], *, pooling: str = "mean", last_layers: int | None = None
+) -> tuple[Model, tuple[str, ...], int]:
     """(the contract's model table, the adapted modules, Σ(in + out) over them) of a local, packaged or hub model.
+
+    Args:
+        last_layers: adapt only modules of the last so many layers; all layers when None.
 
     Raises:
         ConfigError: there is no such model, or a target matches none of its modules.
     """
     folder = base_model.locate(name)
     described = base_model.describe(folder)
-    modules = base_model.match_modules(described, targets)
+    modules = _in_last_layers(base_model.match_modules(described, targets), last_layers)
     model = Model(name=name, digest=base_model.digest(folder), hidden_size=described.hidden_size, pooling=pooling)  # type: ignore[arg-type]
     return model, modules, sum(sum(described.linear[module]) for module in modules)
+
+
+def _in_last_layers(modules: Sequence[str], count: int | None) -> tuple[str, ...]:
+    """The modules of the last ``count`` layers; a module's layer is the first number in its name."""
+    layers = {module: int(found[0]) for module in modules if (found := re.findall(r"(?<=\.)[0-9]+(?=\.)", module))}
+    if count is None or not layers:
+        return tuple(modules)
+    first = max(layers.values()) - count + 1
+    return tuple(module for module in modules if layers.get(module, first) >= first)
 
 
 def init(

@@ -78,8 +78,9 @@ _NOT_OWN = re.compile(
     r"_?tests?|testing|test_.*|.*_test|conftest|_?vendor(ed)?|(site|dist)-packages|idlelib|lib2to3|config-.*|__.*__"
 )
 _MAX_FILE_BYTES = 60_000
-_MAX_LIBRARY_BYTES = 7_000_000
-MAX_PER_FILE = 8
+_MAX_LIBRARY_BYTES = 10_000_000
+_LENDERS = 4
+MAX_PER_FILE = 6
 _SENTENCE_CHARS = (30, 240)
 
 
@@ -158,11 +159,13 @@ def _functions(library: str, root: Path, limit: int, seen: set[str]) -> tuple[li
     lenders: list[_Function] = []
     left = _MAX_LIBRARY_BYTES
     for file, source in _sources(library, root):
-        kept, enough = (lenders, limit // 2) if _hash(f"lends {file}") % 5 < 2 else (units, limit)
+        lends = _hash(f"lends {file}") % _LENDERS == 0
+        kept, enough = (lenders, limit // 2) if lends else (units, limit)
         if len(kept) >= enough:
             continue
         left -= len(source)
-        new = {function.sentence: function for function in _read(file, source) if function.sentence not in seen}
+        found = _read(file, source)[: None if lends else MAX_PER_FILE]
+        new = {function.sentence: function for function in found if function.sentence not in seen}
         kept.extend(new.values())
         seen.update(new)
         if left <= 0:
@@ -198,14 +201,14 @@ def _hash(text: str) -> int:
 
 
 def _read(file: str, source: bytes) -> list[_Function]:
-    """The described functions of one file, at most ``MAX_PER_FILE``; none when it is not Python of this version."""
+    """The described functions of one file, in a fixed pseudo-random order; none when it is not Python of this version."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    return sorted(_described(file, tree), key=lambda function: function.rank)[:MAX_PER_FILE]
+    return sorted(_described(file, tree), key=lambda function: function.rank)
 
 
 def _described(file: str, tree: ast.Module) -> Iterator[_Function]:

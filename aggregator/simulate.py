@@ -43,16 +43,17 @@ class Settings:
     max_records_per_unit: int = 1
     model: str = "minilm"
     mode: str = "joint"
-    rounds: int = 24
+    rounds: int = 20
     epsilon: float = 8.0
     delta: float | None = None
-    sampling_rate: float = 0.15
+    sampling_rate: float = 0.25
     rank: int = 8
-    scale: float = 16.0
-    learning_rate: float = 0.03
+    scale: float = 40.0
+    learning_rate: float = 0.006
     max_grad_norm: float = 1.0
     max_length: int = 64
     targets: tuple[str, ...] = commands.ALL_LINEAR_OF_BERT
+    last_layers: int | None = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ def default_delta(units: int, silos: int) -> float:
 def _enrol(settings: Settings, dealt: _Dealt, aggregator: Path, running: Children) -> None:
     """Everything before the first round: contract, service, silos, countersignatures."""
     home = aggregator.parent
-    model, modules, lora_width = commands.describe_model(settings.model, settings.targets)
+    model, modules, lora_width = commands.describe_model(settings.model, settings.targets, last_layers=settings.last_layers)
     delta = settings.delta or default_delta(dealt.units, len(dealt.shares))
     terms = Terms(
         name="simulation",

@@ -40,6 +40,8 @@ def init(
     rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
     targets: Annotated[str, typer.Option(help="names of the linear modules to adapt, comma separated")] = "",
+    last_layers: Annotated[int, typer.Option(min=0, help="adapt only so many of the last layers; 0 adapts all")] = 3,
+    scale: Annotated[float, typer.Option(help="s in W + s·B·R·A: a larger one gives R a larger share of the clip")] = 40.0,
     pooling: Annotated[str, typer.Option(help="mean, cls or last")] = "mean",
     text_pair: Annotated[bool, typer.Option("--text-pair", help="records have text and text_pair")] = False,
     max_length: Annotated[int, typer.Option(min=4, help="tokens per record")] = 64,
@@ -48,8 +50,8 @@ def init(
     max_records_per_unit: Annotated[int, typer.Option(min=1, help="a public cap, not tuned on data")] = 1,
     epsilon: Annotated[float, typer.Option(help="what the whole plan may cost")] = 8.0,
     delta: Annotated[float, typer.Option(help="at most 1e-5 and 1/(10 · all units)")] = 1e-6,
-    sampling_rate: Annotated[float, typer.Option(help="q: how likely a unit is in a round")] = 0.15,
-    learning_rate: Annotated[float, typer.Option(help="the update rule's step")] = 0.03,
+    sampling_rate: Annotated[float, typer.Option(help="q: how likely a unit is in a round")] = 0.25,
+    learning_rate: Annotated[float, typer.Option(help="the update rule's step")] = 0.006,
     deadline: Annotated[int, typer.Option(min=1, help="seconds a round waits for each step")] = 600,
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
@@ -66,7 +68,7 @@ def init(
     from cli.output import Output
 
     wanted = _words(targets) or commands.ALL_LINEAR_OF_BERT
-    table, modules, lora_width = commands.describe_model(model, wanted, pooling)
+    table, modules, lora_width = commands.describe_model(model, wanted, pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
         name=name,
         expires=commands.in_a_year(),
@@ -78,6 +80,7 @@ def init(
         text_pair=text_pair,
         max_length=max_length,
         rank=rank,
+        scale=scale,
         learning_rate=learning_rate,
         decay_rounds=rounds // 2,
         unit=unit,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Durable files: a write either happened whole and is on the disk, or did not happen.
 
-Every promise of the protocol that reads "on disk first" goes through these four functions. They are the only place that
+Every promise of the protocol that reads "on disk first" goes through these functions. They are the only place that
 knows about temporary names, ``fsync`` and directory entries.
 """
 
@@ -84,6 +84,12 @@ def append_line(path: Path, line: bytes, *, mode: int = PRIVATE) -> None:
             raise _cannot_write(path, error) from error
     finally:
         os.close(descriptor)
+
+
+def sweep(path: Path) -> None:
+    """Delete what a crash in the middle of writing ``path`` left beside it. Only for the one process that writes there."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -299,12 +299,20 @@ class Rounds:
         if progress.epoch != self._epoch.number:
             return
         self._epoch.settle(progress.round)
-        for name in ("attempt", "release"):
-            (self._epoch.folder / name).unlink(missing_ok=True)
+        self._forget(progress.round)
         said = Acknowledgement(
             round_ctx=progress.manifest, silo=self._parts.member.id, outcome=progress.outcome, state=progress.state.digest
         )
         self._parts.transport.put("acknowledgement", progress.round, self._parts.member.id, self._sign("acknowledgement", said))
+
+    def _forget(self, settled: int) -> None:
+        """Delete the secrets of a settled round. Those of a later one, which a crash left open, stay: they must be sent again."""
+        path = self._epoch.folder / "attempt"
+        if path.is_file() and Persisted.from_bytes(path.read_bytes()).round > settled:
+            return
+        for name in ("attempt", "release"):
+            (self._epoch.folder / name).unlink(missing_ok=True)
+            files.sweep(self._epoch.folder / name)
 
     def _persisted(self, number: int, round_ctx: bytes) -> Persisted | None:
         path = self._epoch.folder / "attempt"

@@ -249,9 +249,11 @@ def _established(home: Home, number: int) -> Epoch | None:
 def _forget_setup(folder: Path) -> None:
     for name in ("secrets", "seeds"):
         (folder / name).unlink(missing_ok=True)
+        files.sweep(folder / name)
 
 
 def _write_link(folder: Path, *, settled: int, chain: PairChain) -> None:
+    files.sweep(folder / "chain")
     files.write_atomic(folder / "chain", _Link(settled=settled, chain=chain.to_bytes()).to_bytes(), mode=files.PRIVATE)
 
 

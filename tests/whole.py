@@ -136,6 +136,9 @@ class Clock:
     def __call__(self) -> float:
         return time.time() + self.skipped
 
+    def skip(self, seconds: float) -> None:
+        self.skipped += seconds
+
 
 def contribution(silo: int):
     """A silo's noiseless sum: integers that depend on silo and state."""
@@ -213,8 +216,10 @@ class Whole:
         accepted = federation.parse(
             contract_bytes(
                 sign_keys=[identities[s].public.sign_key.hex() for s in SILOS],
-                aggregator_key=hub_identity.public.sign_key.hex(), seal_key=hub_identity.public.seal_key.hex(), **changes,
-            )  # fmt: skip
+                aggregator_key=hub_identity.public.sign_key.hex(),
+                seal_key=hub_identity.public.seal_key.hex(),
+                **changes,
+            )
         )
         whole = cls(root, accepted)
         raw = envelope.sign(hub_identity, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
@@ -299,7 +304,7 @@ class Whole:
 
 
 def together(*jobs):
-    """Run jobs at the same time: their results, or the first error by place once all have ended; PowerCut comes last."""
+    """Run jobs at the same time: their results, or the first real error; a PowerCut is raised once all have ended."""
     results, faults = [None] * len(jobs), {}
 
     def run(place, job):
@@ -311,9 +316,10 @@ def together(*jobs):
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(jobs)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(2 * PATIENCE_S)
-    real = [faults[place] for place in sorted(faults) if not isinstance(faults[place], PowerCut)]
+    real: list[BaseException] = []
+    while not real and any(thread.is_alive() for thread in threads):
+        time.sleep(0.002)
+        real = [fault for fault in list(faults.values()) if not isinstance(fault, PowerCut)]
     if faults:
         raise (real or list(faults.values()))[0]
     return results

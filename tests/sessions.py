@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command-line sessions: a command in, exit code and both outputs out; a tiny model on disk; real processes where they matter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import aggregator as aggregator_cli
+from cli import errors
+from cli import silo as silo_cli
+
+APPS = {"silo": silo_cli.app, "aggregator": aggregator_cli.app}
+WORDS = ("fever", "cough", "rash", "pain", "sleep", "blood", "heart", "lung", "mild", "acute", "old", "young", "left", "right")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict:
+        """The one JSON document on stdout; anything else there fails."""
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1, self.out
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> dict:
+        return self.document["error"]
+
+
+class Terminal:
+    """Runs commands in this process; every word that was ever printed is kept in ``said``."""
+
+    def __init__(self, capsys):
+        self.capsys, self.said = capsys, []
+
+    def __call__(self, command: str, *words: object) -> Session:
+        name, *rest = [*command.split(), *map(str, words)]
+        self.capsys.readouterr()
+        code = errors.run(APPS[name], rest)
+        out, err = self.capsys.readouterr()
+        self.said.append(out + err)
+        return Session(code=code, out=out, err=err)
+
+
+def start(*words: object, out=subprocess.DEVNULL, **options) -> subprocess.Popen:
+    """A real process of ``silo`` or ``aggregator``."""
+    name, *rest = map(str, words)
+    return subprocess.Popen(
+        [sys.executable, "-m", f"cli.{name}", *rest], stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=ENVIRONMENT, **options
+    )
+
+
+def finish(*words: object, timeout_s: float = 120.0, **options) -> Session:
+    """A real process, run to its end."""
+    name, *rest = map(str, words)
+    done = subprocess.run(
+        [sys.executable, "-m", f"cli.{name}", *rest], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT,
+        timeout=timeout_s, check=False, **options,
+    )  # fmt: skip
+    return Session(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@contextlib.contextmanager
+def serving(home: Path, port: int = 0):
+    """A real `aggregator serve` on loopback: (process, address)."""
+    process = start("aggregator", "serve", "--home", home, "--port", port)
+    try:
+        yield process, until(lambda: address(home, process))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def address(home: Path, process: subprocess.Popen) -> str | None:
+    assert process.poll() is None, "the service ended"
+    path = home / "service.json"
+    with contextlib.suppress(FileNotFoundError):
+        stated = json.loads(path.read_bytes())
+        return stated["url"] if stated["pid"] == process.pid else None
+    return None
+
+
+def until(look, *, within_s: float = 60.0, every_s: float = 0.002):
+    """What ``look`` gives once it is true."""
+    end = time.monotonic() + within_s
+    while not (found := look()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(every_s)
+    return found
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random BERT of two layers with a word-level tokenizer, as files."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from tests import tiny_models
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: place for place, word in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tiny_models.encoder("bert").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, *, start_at: int = 0) -> list[dict]:
+    """Records whose label a word decides."""
+    found = []
+    for number in range(start_at, start_at + count):
+        words = [WORDS[(number * k + k * k) % len(WORDS)] for k in range(1, 5 + number % 4)]
+        found.append({"text": " ".join(words), "label": "yes" if "fever" in words else "no"})
+    return found
+
+
+def write_rows(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def private_seeds(*homes: Path) -> list[bytes]:
+    """Every private seed and local secret under these folders, raw."""
+    found = []
+    for home in homes:
+        for path in home.rglob("*.key"):
+            raw = path.read_bytes()
+            if raw.startswith(b"#"):
+                lines = [line.split(b'"')[1] for line in raw.splitlines() if line.startswith((b"sign_seed", b"receive_seed"))]
+                found += [bytes.fromhex(line.decode()) for line in lines]
+            else:
+                assert len(raw) == 32
+                found.append(raw)
+    assert found
+    return found
+
+
+def mentions(data: bytes, seeds: list[bytes]) -> bool:
+    """Whether one of the seeds stands in ``data``, raw or as hex in either case."""
+    return any(seed in data or seed.hex().encode() in data.lower() for seed in seeds)
