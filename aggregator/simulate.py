@@ -43,13 +43,13 @@ class Settings:
     max_records_per_unit: int = 1
     model: str = "minilm"
     mode: str = "joint"
-    rounds: int = 20
+    rounds: int = 16
     epsilon: float = 8.0
     delta: float | None = None
     sampling_rate: float = 0.25
     rank: int = 8
     scale: float = 40.0
-    learning_rate: float = 0.006
+    learning_rate: float = 0.008
     max_grad_norm: float = 1.0
     max_length: int = 64
     targets: tuple[str, ...] = commands.ALL_LINEAR_OF_BERT
