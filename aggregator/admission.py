@@ -31,15 +31,17 @@ from privacy.messages import (
     Countersignature,
     EpochNote,
     Freeze,
+    Header,
     Kind,
     PairSeeds,
     Release,
+    Signed,
     Upload,
     decode,
 )
 
 SIGNED_BYTES: Final = 256
-"""More than a Signed adds to its body; also what an Upload adds to its two parts."""
+"""More than a Signed adds to its body; for an upload, more than Signed and Upload add to the header and what is sealed."""
 _SEED_BYTES: Final = 32 + envelope.OVERHEAD_BYTES
 M = TypeVar("M", Consent, Release)
 
@@ -134,10 +136,28 @@ def _upload(number: int, member: Member, data: bytes, view: Documents, accepted:
             f"an upload of silo {member.id} after the freeze of round {number}",
             hint="the round goes on with the upload that stands",
         )
-    upload = decode(data, Upload)
-    guardian_sum.check_header(upload.header, member, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx)
+    upload = rounds.open_upload(data, opened, member)
+    header = guardian_sum.check_header(upload.header, member, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx)
+    _check_counter(number, member, header, view)
     size = 4 * accepted.terms.dimension + envelope.OVERHEAD_BYTES
     _expect("upload", member, "sealed size", len(upload.sealed), size)
+
+
+def _check_counter(number: int, member: Member, header: Header, view: Documents) -> None:
+    """A silo's ledger only grows: a counter not above its last one means the ledger was put back, and what it spent is missing."""
+    for before in range(number - 1, 0, -1):
+        raw = view.get("upload", before, member.id)
+        if raw is None:
+            continue
+        earlier = decode(decode(decode(decode(raw, Signed).body, Upload).header, Signed).body, Header)
+        if header.ledger_counter <= earlier.ledger_counter:
+            raise TrustError(
+                f"silo {member.id} states {header.ledger_counter} ledger entries in round {number}, "
+                f"it stated {earlier.ledger_counter} in round {before}",
+                hint="its ledger was rolled back: it must restore the newest copy before it takes part again",
+                code="ledger-rolled-back",
+            )
+        return
 
 
 def _consent(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:

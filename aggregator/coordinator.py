@@ -28,7 +28,7 @@ from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
 from privacy.federation import Accepted
 from privacy.guardian_sum import Certified, Frozen
 from privacy.keys import Identity
-from privacy.messages import AGGREGATOR, Outcome, Upload, decode
+from privacy.messages import AGGREGATOR, Outcome
 from privacy.update_rule import State
 
 
@@ -228,16 +228,17 @@ class Coordinator:
         if self._desk.collect("release", number, shown=number, deadline_at=self._desk.deadline_after("certificate", number)):
             return rounds.ABSENT
         seeds = self._seeds(opened, certified)
-        total = guardian_sum.unmask(_Vectors(self._desk, frozen, self._seal_seed, number), seeds, certified)
-        outcome, after = rounds.result(self._accepted, opened, self.state(), certified, total, seeds)
+        vectors = _Vectors(self._desk, frozen, self._seal_seed, opened)
+        total = guardian_sum.unmask(vectors, seeds, certified)
+        outcome, after = rounds.result(self._accepted, opened, self.state(), certified, total, seeds, vectors)
         self._settle(opened, outcome, after)
         return ""
 
     def _freeze(self, opened: Round) -> Frozen:
-        headers = {silo: decode(raw, Upload).header for silo, raw in self._desk.all("upload", opened.number).items()}
+        headers = {silo: self._desk.upload(opened, silo).header for silo in self._desk.members}
         freeze, frozen = rounds.freeze(self._accepted, opened, headers)
         if self._store.entry("freeze", opened.number, AGGREGATOR) is None:
-            vectors = _Vectors(self._desk, frozen, self._seal_seed, opened.number)
+            vectors = _Vectors(self._desk, frozen, self._seal_seed, opened)
             for silo in vectors:
                 vectors[silo]  # opens, or raises with the silo's name, while nobody has consented yet
         self._desk.publish("freeze", opened.number, opened.context, freeze)
@@ -275,12 +276,13 @@ class Coordinator:
             )
 
     def _check_voids(self, number: int) -> None:
-        most = self._accepted.terms.sum.max_void_rounds + 1
+        allowed = self._accepted.terms.sum.max_void_rounds
+        most = max(1, allowed)  # where the silos stop too
         last = range(number, max(0, number - most), -1)
         if len(last) == most and all(self._desk.outcome(each)[1].kind == "void" for each in last):
             reasons = ", ".join(sorted({self._desk.outcome(each)[1].reason for each in last}))
             raise RoundError(
-                f"{most} void rounds in a row (up to round {number}: {reasons}), the contract allows {most - 1}",
+                f"{most} rounds in a row were void (up to round {number}: {reasons}), the contract allows {allowed}",
                 code="void-rounds",
                 hint="find out who was missing and why, then agree on a new contract version",
                 rounds=list(reversed(last)),
@@ -305,11 +307,11 @@ class Coordinator:
 class _Vectors(Mapping[int, Words]):
     """The masked vectors of a set, each read from the board, opened and checked when it is asked for."""
 
-    def __init__(self, desk: Desk, frozen: Frozen, seal_seed: bytes, number: int) -> None:
-        self._desk, self._headers, self._seal_seed, self._number = desk, frozen.headers, seal_seed, number
+    def __init__(self, desk: Desk, frozen: Frozen, seal_seed: bytes, opened: Round) -> None:
+        self._desk, self._headers, self._seal_seed, self._opened = desk, frozen.headers, seal_seed, opened
 
     def __getitem__(self, silo: int) -> Words:
-        upload = decode(self._desk.read("upload", self._number, silo), Upload)
+        upload = self._desk.upload(self._opened, silo)
         return guardian_sum.open_upload(upload, self._headers[silo], seal_seed=self._seal_seed)
 
     def __iter__(self) -> Iterator[int]:

@@ -18,7 +18,7 @@ from privacy.envelope import sign
 from privacy.errors import RoundError
 from privacy.federation import Accepted
 from privacy.keys import Identity
-from privacy.messages import AGGREGATOR, Kind, Outcome, Wire, encode
+from privacy.messages import AGGREGATOR, Kind, Outcome, Upload, Wire, encode
 
 POLL_S: Final = 0.02
 _REPORT_S: Final = 1.0
@@ -113,6 +113,15 @@ class Desk:
         if raw is None:
             raise RoundError(f"there is no {kind} {number} of party {party}", hint="run the same command again", code="missing")
         return raw
+
+    def upload(self, opened: Round, silo: int) -> Upload:
+        """A member's upload in this round, its signature verified.
+
+        Raises:
+            RoundError: it is missing.
+            TrustError: not signed by that member, as an upload, in this epoch.
+        """
+        return rounds.open_upload(self.read("upload", opened.number, silo), opened, self.accepted.terms.by_id(silo))
 
     def settled(self, number: int) -> bool:
         """Whether the round has an outcome."""

@@ -176,7 +176,7 @@ def _sum(terms: Terms) -> str:
 # Every silo signs for every sum that holds its vector.
 protocol = "consent"
 ring_bits = 32
-# More void rounds in a row stop the federation.
+# As many void rounds in a row (at least one) stop the federation.
 max_void_rounds = {terms.max_void_rounds}
 # How long the silos have for each step of a round.
 deadline_s = {terms.deadline_s}

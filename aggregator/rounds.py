@@ -35,6 +35,7 @@ from privacy.messages import (
     Outcome,
     Roster,
     Signed,
+    Upload,
     Wire,
     decode,
 )
@@ -207,13 +208,20 @@ def certificate(accepted: Accepted, opened: Round, frozen: Frozen, consents: Map
 
 
 def result(
-    accepted: Accepted, opened: Round, state: State, certified: Certified, total: Words, seeds: Mapping[int, bytes]
+    accepted: Accepted,
+    opened: Round,
+    state: State,
+    certified: Certified,
+    total: Words,
+    seeds: Mapping[int, bytes],
+    vectors: Mapping[int, Words],
 ) -> tuple[Outcome, State]:
-    """The outcome of a round that was summed, and the state after it."""
+    """The outcome of a round that was summed, with all that a silo needs to sum it again, and the state after it."""
     after, reason = apply(state, total, accepted.terms)
     made = Outcome(
         round_ctx=opened.ctx, round=opened.number, kind="result", reason=reason, frozen=certified.frozen.digest,
-        total=total.astype("<u4").tobytes(), seeds=tuple(sorted(seeds.items())), next_state=after.digest,
+        total=total.astype("<u4").tobytes(), seeds=tuple(sorted(seeds.items())),
+        vectors=tuple((silo, vectors[silo].astype("<u4").tobytes()) for silo in sorted(vectors)), next_state=after.digest,
     )  # fmt: skip
     return made, after
 
@@ -221,9 +229,21 @@ def result(
 def void(opened: Round, state: State, reason: str) -> Outcome:
     """The outcome of a round that ends without a sum; the state does not move."""
     return Outcome(
-        round_ctx=opened.ctx, round=opened.number, kind="void", reason=reason, frozen=NO_FROZEN, total=b"", seeds=(),
+        round_ctx=opened.ctx, round=opened.number, kind="void", reason=reason, frozen=NO_FROZEN, total=b"", seeds=(), vectors=(),
         next_state=state.digest,
     )  # fmt: skip
+
+
+def open_upload(raw: bytes, opened: Round, member: Member) -> Upload:
+    """The member's upload, every byte of it as the member signed it in this epoch.
+
+    The signature does not name the round: the header does, and what is sealed opens with that header only.
+
+    Raises:
+        TrustError: malformed, or not signed by the member, as an upload, in this epoch.
+    """
+    key = bytes.fromhex(member.sign_key)
+    return decode(envelope.open_signed(raw, type="upload", context=opened.context, sender=member.id, key=key), Upload)
 
 
 def open_acknowledgement(raw: bytes, opened: Round, member: Member) -> Acknowledgement:

@@ -28,6 +28,9 @@ from privacy.errors import BudgetExhausted, PrivacyRefusal
 from privacy.ledger import Commit, History, Ledger, Reserve, Void
 from privacy.mechanism import LatticeGaussian
 
+MOST_ATTEMPTS = 3
+"""Attempts at one round that one ledger is charged for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -150,7 +153,8 @@ class Gate(Account):
 
         Raises:
             BudgetExhausted: the plan is used up, or the attempt would pass the limit. Nothing was written.
-            PrivacyRefusal: no such plan was declared, or this attempt is charged already.
+            PrivacyRefusal: no such plan was declared, this attempt is charged already, or the round was attempted too often: a
+                failure that comes back at every start must not burn the plan.
         """
         known = self._ledger.plan(self._contract)
         if known is None or known.mechanism != self._plan:
@@ -162,6 +166,13 @@ class Gate(Account):
             raise BudgetExhausted(
                 f"round {round} would be attempt {self._used() + 1}, the plan has {self._plan.steps}",
                 hint="stop here, or agree on a new contract", code="plan-used-up", round=round, plan=self._plan.steps,
+            )
+        made = len(self._ledger.attempts(self._contract, round))
+        if made >= MOST_ATTEMPTS:
+            raise PrivacyRefusal(
+                f"round {round} was attempted {made} times, at most {MOST_ATTEMPTS} are made",
+                hint="find out why no attempt left this machine; the round ends at its deadline, the next one is fresh",
+                code="too-many-attempts", round=round,
             )
         self._require_fit(round)
         self._ledger.reserve(

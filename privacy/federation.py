@@ -26,6 +26,8 @@ Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+"""Words that people compare: printable, see ``_check_words``."""
 Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}\Z")]
 
@@ -38,7 +40,7 @@ class Task(Table, frozen=True, kw_only=True):
     """What is learned. ``labels`` is the public label space; a label's position is its class."""
 
     kind: Literal["text-classification"] = "text-classification"
-    labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=2, max_length=4096)]
+    labels: Annotated[tuple[Text, ...], msgspec.Meta(min_length=2, max_length=4096)]
     text_pair: bool = False
     max_length: Annotated[int, msgspec.Meta(ge=4, le=131072)]
 
@@ -46,7 +48,7 @@ class Task(Table, frozen=True, kw_only=True):
 class Model(Table, frozen=True, kw_only=True):
     """The frozen base model, pinned by the digest of privacy.base_model."""
 
-    name: str
+    name: Text
     digest: Hex32
     hidden_size: Count
     pooling: Literal["mean", "cls", "last"] = "mean"
@@ -56,7 +58,7 @@ class Adapter(Table, frozen=True, kw_only=True):
     """LoRA-SB layers: W + B·R·A with r×r R on each of ``modules``, in this order, then the task head."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    modules: tuple[str, ...]
+    modules: tuple[Text, ...]
     basis: Literal["weights"] = "weights"
     scale: Positive = 1.0
     head_scale: Positive = 1.0
@@ -81,7 +83,7 @@ class Training(Table, frozen=True, kw_only=True):
 class Privacy(Table, frozen=True, kw_only=True):
     """The mechanism (PRIVACY.md §1 to §3). ``units`` is a rounded public figure per silo, never derived from records."""
 
-    unit: str = "record"
+    unit: Text = "record"
     units: Count
     max_records_per_unit: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     sampling_rate: Rate
@@ -116,7 +118,7 @@ class Member(Table, frozen=True, kw_only=True):
 
     id: Annotated[int, msgspec.Meta(ge=1, lt=2**16)]
     name: Name
-    organisation: str
+    organisation: Text
     sign_key: Hex32
 
 
@@ -182,10 +184,11 @@ def parse(raw: bytes) -> Accepted:
     """
     try:
         terms = msgspec.toml.decode(raw, type=Contract)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(
             f"federation.toml: {error}", hint="compare with the commented draft that `aggregator init` writes", code="contract"
         ) from error
+    _check_words(terms)
     _check_members(terms)
     _check_terms(terms)
     return Accepted(terms=terms, raw=raw, digest=hashlib.sha256(raw).digest())
@@ -221,6 +224,15 @@ def mechanism(terms: Contract, *, shares: int | None = None, steps: int | None =
     )
 
 
+def _check_words(terms: Contract) -> None:
+    """Every text in the contract is printable: a line break or an escape code could forge what a person compares."""
+    words = [terms.model.name, terms.privacy.unit, *terms.task.labels, *terms.adapter.modules]
+    words += [member.organisation for member in terms.member]
+    for word in words:
+        if not word.isprintable():
+            raise _contradiction(f"{word!a:.80} has characters that are not printable", "names and labels are plain words")
+
+
 def _check_members(terms: Contract) -> None:
     ids = [member.id for member in terms.member]
     if ids != sorted(set(ids)):
@@ -232,6 +244,8 @@ def _check_members(terms: Contract) -> None:
     fewest = 2 if terms.sum.two_silos_see_each_other else 3
     if terms.silos < fewest:
         raise _contradiction(f"{terms.silos} members", f"a sum hides nobody below {fewest}")
+    if terms.sum.two_silos_see_each_other and terms.silos != 2:
+        raise _contradiction(f"two_silos_see_each_other with {terms.silos} members", "it is for exactly two")
     if terms.silos < terms.privacy.colluders + 2 and not terms.sum.two_silos_see_each_other:
         raise _contradiction(f"colluders = {terms.privacy.colluders}, {terms.silos} members", "at least colluders + 2 are needed")
     if terms.shares < 1:

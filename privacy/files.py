@@ -49,12 +49,7 @@ def write_once(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
         os.link(temporary, path)
         _sync_directory(path.parent)
     except FileExistsError:
-        if path.read_bytes() != data:
-            raise Equivocation(
-                f"{path.name} was written before with other content",
-                hint="never delete it: it is a promise this party made",
-                file=str(path),
-            ) from None
+        _find_same(path, data)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -97,9 +92,12 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive advisory lock on ``path`` (created when missing), without waiting.
 
     Raises:
-        MachineError: another process holds it.
+        MachineError: another process holds it, or it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,6 +108,17 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _find_same(path: Path, data: bytes) -> None:
+    """Return if ``path`` holds ``data``, durably: a process may have been killed between the link and the sync."""
+    if path.read_bytes() != data:
+        raise Equivocation(
+            f"{path.name} was written before with other content",
+            hint="never delete it: it is a promise this party made",
+            file=str(path),
+        )
+    _sync_directory(path.parent)
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

@@ -274,12 +274,32 @@ def unmask(uploads: Mapping[int, Words], seeds: Mapping[int, bytes], certified: 
     Raises:
         TrustError: a vector or seed is missing, or contradicts the silo's header; the message names the silo.
     """
-    headers = certified.frozen.headers
+    return _sum(uploads, seeds, certified.frozen)
+
+
+def check_total(total: Words, vectors: Mapping[int, Words], seeds: Mapping[int, bytes], frozen: Frozen) -> None:
+    """Return if ``total`` is the sum over the set, computed again from the masked vectors and the released seeds.
+
+    **Formal guarantees**: vectors are held to the roots and seeds to the commitments in the headers, which this silo's own
+    consent covers; so whoever publishes another total must find a second preimage of SHA-256 or HMAC-SHA-256.
+
+    Raises:
+        TrustError: it is not, or a vector or seed is missing or contradicts its header.
+    """
+    if not np.array_equal(_sum(vectors, seeds, frozen), total):
+        raise TrustError(
+            "the published sum is not the sum of the vectors it names", code="false-sum",
+            hint="stop, and keep the outcome as evidence: the aggregator is faulty or lies",
+        )
+
+
+def _sum(uploads: Mapping[int, Words], seeds: Mapping[int, bytes], frozen: Frozen) -> Words:
+    headers = frozen.headers
     for name, given in (("vectors", uploads), ("seeds", seeds)):
         if set(given) != set(headers):
             raise _refused(f"{name} of silos {sorted(given)} for a set of {sorted(headers)}")
     for silo in headers:
-        check_seed(certified.frozen, silo, seeds[silo])
+        check_seed(frozen, silo, seeds[silo])
     total = np.zeros(next(iter(headers.values())).dimension, dtype="<u4")
     for silo, header in headers.items():
         y = uploads[silo]

@@ -197,7 +197,7 @@ def read_public(raw: bytes) -> PublicMember:
         _check_name(stored.name)
         if not _is_organisation(stored.organisation):
             raise ValueError("organisation")
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, ConfigError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError, ConfigError) as error:
         raise TrustError(f"not a public identity: {error}", hint="ask its owner for it again", code="malformed") from error
     verify_signature(sign_key, signing_input(type="identity", context=NO_CONTEXT, sender=0, body=body), signature)
     if seal_key is not None:

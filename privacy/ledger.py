@@ -179,7 +179,7 @@ class History:
         Raises:
             LedgerBroken: the ledger is behind the receipt (rolled back, restored from a copy) or has another history.
         """
-        hint = "stop: restore the newest copy of the ledger with silo restore, never start a new one"
+        hint = "stop: restore the newest copy of the ledger, never start a new one"
         if self.counter < counter:
             raise LedgerBroken(
                 f"{self._name} has {self.counter} entries, a receipt says {counter}", hint=hint, code="ledger-behind",

@@ -129,7 +129,11 @@ class Header(Wire, frozen=True, kw_only=True):
 
 
 class Upload(Wire, frozen=True, kw_only=True):
-    """A silo's one large message: its signed header, and the masked vector sealed to the aggregator."""
+    """A silo's one large message: its signed header, and the masked vector sealed to the aggregator.
+
+    Its document is Signed as "upload" around both, so that nobody can put other sealed bytes beside a valid header. The header
+    is Signed by itself too: it goes on alone, in the Freeze.
+    """
 
     header: bytes
     sealed: bytes
@@ -168,7 +172,9 @@ class Release(Wire, frozen=True, kw_only=True):
 
 
 class Outcome(Wire, frozen=True, kw_only=True):
-    """How a round ended. For ``result``: the sum (little-endian uint32), the seeds by ascending silo, the next state's digest."""
+    """How a round ended. For ``result``, by ascending silo: every masked vector and the seed of its self mask; the sum they give
+    (all vectors little-endian uint32), and the digest of the next state. With these every silo computes the sum again itself.
+    """
 
     round_ctx: Digest
     round: Number
@@ -177,6 +183,7 @@ class Outcome(Wire, frozen=True, kw_only=True):
     frozen: bytes
     total: bytes
     seeds: tuple[tuple[SiloId, Digest], ...]
+    vectors: tuple[tuple[SiloId, bytes], ...]
     next_state: Digest
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from privacy import keys
 from privacy.budget import Account, Gate, Limits
-from privacy.errors import ConfigError
+from privacy.errors import ConfigError, LedgerBroken
 from privacy.federation import Accepted, Member, mechanism
 from privacy.ledger import History, Ledger
 from silo import config, membership
@@ -75,6 +75,11 @@ def create(
     )
     keys.write_public(home.public_path, identity, organisation)
     if not home.ledger_path.exists():
+        if home.promised_rounds() or home.state_path.exists():
+            raise LedgerBroken(
+                f"{home.ledger_path.name} is missing, this silo took part in round {max(home.promised_rounds(), default=0)}",
+                hint="restore the newest copy of the ledger, never start a new one",
+            )
         Ledger.create(home.ledger_path, who=name, sign=identity.sign, verify=_verify(identity), clock=time.time).close()
     return Created(public_path=home.public_path, fingerprint=keys.fingerprint(identity.public))
 
@@ -92,8 +97,10 @@ class Visit:
     plan_epsilon: float
 
     def countersign(self) -> Member:
-        """Check limits, model and records, sign, and post; which member this silo is."""
-        member = membership.countersign(
+        """Check budget, limits, model and records, sign, and post; which member this silo is."""
+        with _gate(self.home, self.identity, self.accepted, self.settings) as gate:
+            gate.declare(run=self.accepted.terms.name)
+        return membership.countersign(
             self.home,
             self.transport,
             self.identity,
@@ -102,9 +109,6 @@ class Visit:
             now=datetime.now(UTC),
             check_local=functools.partial(membership.check_fit, config=self.settings, home=self.home),
         )
-        with _gate(self.home, self.identity, self.accepted, self.settings) as gate:
-            gate.declare(run=self.accepted.terms.name)
-        return member
 
 
 @contextlib.contextmanager
@@ -305,9 +309,22 @@ def _transport(settings: config.Config) -> Iterator[HttpTransport]:
 def _gate(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Iterator[Gate]:
     ledger = Ledger.open(home.ledger_path, sign=identity.sign, verify=_verify(identity), clock=time.time)
     try:
+        _check_promises(home, ledger, accepted.digest.hex())
         yield Gate(ledger, _limits(settings), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
     finally:
         ledger.close()
+
+
+def _check_promises(home: Home, ledger: Ledger, contract: str) -> None:
+    """Every round this silo promised to take part in was reserved before; a ledger without it was rolled back or replaced."""
+    for number in home.promised_rounds():
+        if not ledger.attempts(contract, number):
+            raise LedgerBroken(
+                f"this silo took part in round {number}, its ledger of {ledger.counter} entries has no reservation for it",
+                hint="stop: restore the newest copy of the ledger, never an older one",
+                code="ledger-behind",
+                round=number,
+            )
 
 
 def _account(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Account:

@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,11 @@ class Home:
 
     def latest_promise(self) -> int | None:
         """The highest round a manifest was promised for, or None."""
-        rounds = [int(found[1]) for found in map(_PROMISE.fullmatch, _names(self.root / "promises")) if found]
-        return max(rounds, default=None)
+        return max(self.promised_rounds(), default=None)
+
+    def promised_rounds(self) -> list[int]:
+        """Every round a manifest was promised for, ascending."""
+        return sorted(int(found[1]) for found in map(_PROMISE.fullmatch, _names(self.root / "promises")) if found)
 
     def save_progress(self, progress: Progress) -> None:
         """Replace the state file by ``progress``, atomically."""
@@ -189,7 +193,7 @@ class Home:
             return None
         if not _DIGEST_LINE.fullmatch(text):
             raise TrustError(
-                f"the promise {kind}-{number} is damaged", hint="restore the silo from its backup: `silo restore`", code="malformed"
+                f"the promise {kind}-{number} is damaged", hint="restore the silo from its backup", code="malformed"
             )
         return bytes.fromhex(text.decode().strip())
 
@@ -244,7 +248,7 @@ def _from_bytes(data: bytes) -> Progress:
         digests: dict[str, Any] = {name: bytes.fromhex(facts[name]) for name in _DIGESTS}
         progress = Progress(state=state, **digests, **{name: facts[name] for name in _NUMBERS})
         written = facts.pop("digest")
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
         raise _damaged("it is no state file") from error
     found = _digest(facts, state)
     if found != written:
@@ -259,7 +263,7 @@ def _digest(facts: dict[str, object], state: State) -> str:
 
 def _damaged(why: str) -> TrustError:
     return TrustError(
-        f"state.safetensors is damaged: {why}", hint="restore the silo from its backup: `silo restore`", code="malformed"
+        f"state.safetensors is damaged: {why}", hint="restore the silo from its backup", code="malformed"
     )
 
 

@@ -135,6 +135,13 @@ def check_limits(accepted: Accepted, limits: Limits) -> float:
             limit=limits.delta,
         )
     spent = accounting.certify([mechanism(terms)], terms.privacy.delta).epsilon
+    if spent > terms.privacy.epsilon:
+        raise BudgetExhausted(
+            f"the contract promises epsilon {terms.privacy.epsilon:g}, its {terms.training.rounds} rounds cost {spent:.4g}",
+            hint="do not join: ask the coordinator for a contract whose noise fits what it says",
+            epsilon=spent,
+            limit=terms.privacy.epsilon,
+        )
     if spent > limits.epsilon:
         raise BudgetExhausted(
             f"the plan of {terms.training.rounds} rounds costs epsilon {spent:.4g}, this silo's limit is {limits.epsilon:g}",

@@ -38,7 +38,6 @@ from privacy.messages import (
     Certificate,
     Consent,
     Freeze,
-    Header,
     Manifest,
     Outcome,
     Wire,
@@ -154,6 +153,7 @@ class Rounds:
             "dimension": self._terms.dimension,
             "lattice_bits": plan.lattice_bits,
             "clamp": plan.clamp,
+            "deadline_at": manifest.opened_at + self._terms.sum.deadline_s,
         }
         for field, wanted in expected.items():
             found = getattr(manifest, field)
@@ -181,6 +181,10 @@ class Rounds:
             raise Replay(
                 f"round {manifest.round} is opened, this silo took part in round {latest}", hint="the aggregator must go on"
             )
+        # Whatever can fail without a record is done first: a failure after the gate is charged.
+        pair_keys = self._epoch.round_keys(round_ctx, after=manifest.round - 1)
+        seal_key = bytes.fromhex(self._terms.aggregator.seal_key)
+        keys.load_seal_key(seal_key)
         attempt = parts.os_random(ID_BYTES)
         counter = parts.gate.admit(manifest.round, attempt)
         parts.home.promise_manifest(manifest.round, round_ctx)
@@ -192,11 +196,11 @@ class Rounds:
             silo=parts.member.id,
             attempt=attempt,
             ledger_counter=counter,
-            pair_keys=self._epoch.round_keys(round_ctx, after=manifest.round - 1),
+            pair_keys=pair_keys,
             install_secret=parts.home.install_secret,
             os_random=parts.os_random(32),
-            seal_key=bytes.fromhex(self._terms.aggregator.seal_key),
-            sign_header=self._signed_header,
+            seal_key=seal_key,
+            sign=self._sign,
         )
         files.write_once(self._epoch.folder / "attempt", persisted.to_bytes(), mode=files.PRIVATE)
         return persisted
@@ -368,9 +372,6 @@ class Rounds:
         key = bytes.fromhex(self._terms.aggregator.sign_key)
         return envelope.open_signed(document, type=kind, context=self._epoch.context, sender=AGGREGATOR, key=key)
 
-    def _signed_header(self, header: Header) -> bytes:
-        return self._sign("header", header)
-
-    def _sign(self, kind: Literal["header", "consent", "release", "acknowledgement"], message: Wire) -> bytes:
+    def _sign(self, kind: Literal["header", "upload", "consent", "release", "acknowledgement"], message: Wire) -> bytes:
         parts = self._parts
         return envelope.sign(parts.identity, type=kind, context=self._epoch.context, sender=parts.member.id, body=encode(message))

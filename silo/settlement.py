@@ -38,7 +38,7 @@ def load_progress(home: Home, accepted: Accepted) -> Progress:
     if found.contract != accepted.digest:
         raise TrustError(
             f"the state is of contract {shown(found.contract)}, joined is {shown(accepted.digest)}",
-            hint="a new contract version starts in a new silo directory",
+            hint="one silo directory holds one federation; its ledger must be counted into any other run on these records",
             code="contract-changed",
         )
     return found
@@ -78,14 +78,16 @@ def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
 
 
 def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None, terms: Contract) -> Integers:
-    """The lifted sum (d,) of a result, if this silo consented to its set and the released seeds are those of the set's headers.
+    """The lifted sum (d,) of a result, if this silo consented to its set and finds the same sum itself.
+
+    It is computed again from every silo's masked vector and released seed, each held to the header in the set.
 
     Args:
         frozen: the round's set as check_freeze returned it.
         consented: the digest this silo promised on disk, or None.
 
     Raises:
-        TrustError: another set, a seed that contradicts its header, or a sum of another length.
+        TrustError: another set, a vector or seed that contradicts its header, or another sum than theirs.
     """
     if not consented == frozen.digest == outcome.frozen:
         raise TrustError(
@@ -94,15 +96,20 @@ def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None,
             code="no-consent",
             round=outcome.round,
         )
-    if [silo for silo, _ in outcome.seeds] != list(frozen.headers):
-        raise _faulty(
-            f"round {outcome.round} shows seeds of {[silo for silo, _ in outcome.seeds]} for a set of {list(frozen.headers)}"
-        )
-    for silo, seed in outcome.seeds:
-        guardian_sum.check_seed(frozen, silo, seed)
+    for what, shown_of in (("seeds", outcome.seeds), ("vectors", outcome.vectors)):
+        if [silo for silo, _ in shown_of] != list(frozen.headers):
+            raise _faulty(
+                f"round {outcome.round} shows {what} of {[silo for silo, _ in shown_of]} for a set of {list(frozen.headers)}"
+            )
     if len(outcome.total) != 4 * terms.dimension:
         raise _faulty(f"round {outcome.round} has a sum of {len(outcome.total)} bytes, wanted {4 * terms.dimension}")
-    return ring.lift(np.frombuffer(outcome.total, dtype="<u4"))
+    wrong = [silo for silo, raw in outcome.vectors if len(raw) != 4 * terms.dimension]
+    if wrong:
+        raise _faulty(f"round {outcome.round} has vectors of silos {wrong} of another length than {4 * terms.dimension} bytes")
+    total = np.frombuffer(outcome.total, dtype="<u4")
+    vectors = {silo: np.frombuffer(raw, dtype="<u4") for silo, raw in outcome.vectors}
+    guardian_sum.check_total(total, vectors, dict(outcome.seeds), frozen)
+    return ring.lift(total)
 
 
 def shown(value: object) -> str:

@@ -125,7 +125,7 @@ class HttpTransport:
             raise refusal(status, body)
         try:
             return msgspec.json.decode(body, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TrustError(
                 "the status is not JSON", hint="check [aggregator] url: is this an aggregator?", code="malformed"
             ) from error
@@ -213,7 +213,7 @@ def refusal(status: int, body: bytes) -> SiloquyError:
 def _problem(body: bytes) -> _Problem:
     try:
         return msgspec.json.decode(body, type=_Problem)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _Problem()
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a silo sends in a round: its clamped sum, plus its share of the noise, masked, signed and sealed to the aggregator.
+"""What a silo sends in a round: its clamped sum, plus its share of the noise, masked, sealed to the aggregator and signed.
 
 Promised: the vector inside is uniform to everyone until every member has consented to a set that holds it; it is bound to
-its round, attempt and silo. The unmasked vector, the noise and the sample exist in memory only. Not promised: that Python
-wipes them there.
+its round, attempt and silo; and the silo's signature covers every byte that is sent. The unmasked vector, the noise and the
+sample exist in memory only. Not promised: that Python wipes them there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from privacy import envelope, guardian_sum, noise, ring
 from privacy.epoch import Secret
 from privacy.errors import MachineError
 from privacy.federation import Contract, ring_plan
-from privacy.messages import Attempt, Digest, Header, Key, Number, Upload, encode
+from privacy.messages import Attempt, Digest, Key, Number, Upload, Wire
 from privacy.prg import Randomness
 
 
 class Persisted(Secret, frozen=True, kw_only=True):
-    """An attempt on disk, as one private file: all that is needed to send, consent and release again after a crash."""
+    """An attempt on disk, as one private file: all that is needed to send, consent and release again after a crash.
+
+    ``header`` and ``upload`` are the signed documents; ``upload`` is sent as it lies here, byte for byte.
+    """
 
     format: Literal["attempt/1"] = "attempt/1"
     round: Number
@@ -71,22 +74,21 @@ def masked(
     install_secret: bytes,
     os_random: bytes,
     seal_key: bytes,
-    sign_header: Callable[[Header], bytes],
+    sign: Callable[[Literal["header", "upload"], Wire], bytes],
 ) -> Persisted:
     """The finished upload of one attempt, ready to be persisted and then sent.
 
     Args:
         x: from :func:`noisy`.
         os_random: 32 fresh bytes of the operating system, for this attempt's self-mask seed.
-        sign_header: gives the signed document of a header.
+        sign: gives this silo's signed document of a message, in the context of the epoch.
     """
     seed = guardian_sum.self_seed(install_secret, attempt, hashlib.sha256(x.tobytes()).digest(), os_random)
     y = guardian_sum.mask(x, round_ctx=round_ctx, silo=silo, attempt=attempt, self_seed=seed, pair_keys=pair_keys)
-    signed = sign_header(
-        guardian_sum.build_header(
-            y, round_ctx=round_ctx, silo=silo, attempt=attempt, ledger_counter=ledger_counter, self_seed=seed, pair_keys=pair_keys
-        )
+    stated = guardian_sum.build_header(
+        y, round_ctx=round_ctx, silo=silo, attempt=attempt, ledger_counter=ledger_counter, self_seed=seed, pair_keys=pair_keys
     )
-    sealed = envelope.seal(seal_key, y.tobytes(), info=guardian_sum.upload_info(round_ctx=round_ctx, silo=silo, header=signed))
-    upload = encode(Upload(header=signed, sealed=sealed))
-    return Persisted(round=round_number, round_ctx=round_ctx, attempt=attempt, self_seed=seed, header=signed, upload=upload)
+    header = sign("header", stated)
+    sealed = envelope.seal(seal_key, y.tobytes(), info=guardian_sum.upload_info(round_ctx=round_ctx, silo=silo, header=header))
+    upload = sign("upload", Upload(header=header, sealed=sealed))
+    return Persisted(round=round_number, round_ctx=round_ctx, attempt=attempt, self_seed=seed, header=header, upload=upload)

@@ -29,6 +29,7 @@ from privacy.messages import (
     Freeze,
     Outcome,
     Roster,
+    Signed,
     Upload,
     decode,
     encode,
@@ -46,6 +47,11 @@ def silo_identity(silo: int) -> Identity:
 def signed_by_hub(kind, context, message):
     body = message if isinstance(message, bytes) else encode(message)
     return envelope.sign(HUB, type=kind, context=context, sender=AGGREGATOR, body=body)
+
+
+def upload_of(document: bytes) -> Upload:
+    """What an upload's document says; signatures are not checked."""
+    return decode(decode(document, Signed).body, Upload)
 
 
 def vector(silo: int, number: int, dimension: int, seed: int = 0) -> np.ndarray:
@@ -82,6 +88,7 @@ class HonestSilo:
         self.held: dict[tuple[str, int], bytes] = {}
         self.chain = self.seed = None
         self.consented = b""
+        self.ledger_counter: int | None = None  # the lever of a ledger that was put back
 
     def step(self) -> None:
         self.say(
@@ -126,11 +133,11 @@ class HonestSilo:
         if (outcome := self.hub("outcome", number, context)) is not None:
             self.settle(number, ctx, outcome)
             return
-        self.say("upload", number, context, lambda: self.upload(number, ctx), signed=False)
+        self.say("upload", number, context, lambda: self.upload(number, ctx))
         freeze = self.hub("freeze", number, context)
         if freeze is None:
             return
-        own = decode(self.sent["upload", number], Upload).header if ("upload", number) in self.sent else None
+        own = upload_of(self.sent["upload", number]).header if ("upload", number) in self.sent else None
         frozen = guardian_sum.check_freeze(
             decode(freeze, Freeze), accepted=self.accepted, epoch_ctx=context, round_ctx=ctx, own_header=own
         )
@@ -157,7 +164,8 @@ class HonestSilo:
             "pair_keys": self.chain.round_keys(ctx),
         }
         y = guardian_sum.mask(x, **place)
-        header = self.sign("header", self.chain.context, guardian_sum.build_header(y, ledger_counter=number, **place))
+        counter = number if self.ledger_counter is None else self.ledger_counter
+        header = self.sign("header", self.chain.context, guardian_sum.build_header(y, ledger_counter=counter, **place))
         info = guardian_sum.upload_info(round_ctx=ctx, silo=self.id, header=header)
         sealed = envelope.seal(bytes.fromhex(self.accepted.terms.aggregator.seal_key), y.tobytes(), info=info)
         return Upload(header=header, sealed=sealed)
@@ -171,14 +179,13 @@ class HonestSilo:
         if self.say("acknowledgement", number, self.chain.context, lambda: stated):
             self.chain, self.settled, self.state = self.chain.advance(), number, after
 
-    def say(self, kind, number, context, make, *, signed=True) -> bool:
+    def say(self, kind, number, context, make) -> bool:
         """Whether the document stands; one that is withheld is made, and sent when the lever is let go."""
         slot = (kind, number)
         if slot in self.sent:
             return True
         if slot not in self.held:
-            data = self.sign(kind, context, make()) if signed else encode(make())
-            self.held[slot] = self.alter.get(kind, lambda same: same)(data)
+            self.held[slot] = self.alter.get(kind, lambda same: same)(self.sign(kind, context, make()))
         if kind in self.withhold:
             return False
         self.board.put(kind, number, self.id, self.held[slot])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
 from aggregator import admission, rounds
@@ -25,7 +26,7 @@ from privacy.messages import (
     decode,
     encode,
 )
-from tests.federation import HUB, Federation, signed_by_hub, silo_identity
+from tests.federation import HUB, Federation, signed_by_hub, silo_identity, upload_of
 
 MEMBER_KINDS = ("countersignature", "epoch-note", "pair-seeds", "confirmation", "upload", "consent", "release", "acknowledgement")
 
@@ -70,19 +71,13 @@ def test_the_right_document_is_admitted_and_every_wrong_envelope_is_refused(fede
     wrong = {
         "bad-signature": right[:-1] + bytes([right[-1] ^ 1]),
         "malformed": right + b"\0",
+        "wrong-type": signed(federation, kind, body_of(right), type="consent" if kind != "consent" else "release"),
+        "wrong-context": signed(federation, kind, body_of(right), context=bytes(32)),
+        "wrong-sender": signed(federation, kind, body_of(right), sender=3),
     }
-    if kind != "upload":
-        body = body_of(right)
-        wrong["bad-signature"] = signed(federation, kind, body, by=3)
-        wrong["wrong-type"] = signed(federation, kind, body, type="consent" if kind != "consent" else "release")
-        wrong["wrong-context"] = signed(federation, kind, body, context=bytes(32))
-        wrong["wrong-sender"] = signed(federation, kind, body, sender=3)
-    else:
-        del wrong["bad-signature"]  # its last byte is sealed; the signature is in the header
     for code, data in wrong.items():
-        with pytest.raises(TrustError) as caught:
-            admit(federation, kind, 1, 2, data)
-        assert caught.value.code == code
+        refused(federation, kind, data, code)
+    refused(federation, kind, signed(federation, kind, body_of(right), by=3), "bad-signature")
     with pytest.raises(TrustError):
         admit(federation, kind, 1, 3, right)  # another member's slot
     for number in (2, 0, 2**32 - 1):
@@ -98,8 +93,7 @@ def test_the_right_document_is_admitted_and_every_wrong_envelope_is_refused(fede
 @pytest.mark.parametrize("kind", MEMBER_KINDS)
 def test_every_bit_of_a_document_counts(federation, kind):
     right = stalled(federation, kind)
-    end = len(decode(right, Upload).header) if kind == "upload" else len(right)
-    for position in range(0, end, max(1, end // 40)):
+    for position in range(0, len(right), max(1, len(right) // 40)):
         changed = right[:position] + bytes([right[position] ^ 0x10]) + right[position + 1 :]
         with pytest.raises(TrustError):
             admit(federation, kind, 1, 2, changed)
@@ -186,7 +180,7 @@ def test_pair_seeds_before_the_roster_are_too_early(federation):
 
 
 def test_an_upload_is_of_this_round_dimension_and_silo_and_constant_size(federation):
-    upload = decode(stalled(federation, "upload"), Upload)
+    upload = upload_of(stalled(federation, "upload"))
     for change in ({"round_ctx": bytes(32)}, {"dimension": 5}, {"silo": 3}, {"pair_commitments": ()}):
         header = decode(body_of(upload.header), Header)
         fields = {name: getattr(header, name) for name in header.__struct_fields__} | change
@@ -194,11 +188,41 @@ def test_an_upload_is_of_this_round_dimension_and_silo_and_constant_size(federat
         refused(
             federation,
             "upload",
-            encode(Upload(header=forged, sealed=upload.sealed)),
+            Upload(header=forged, sealed=upload.sealed),
             "wrong-sender" if "silo" in change else "sum-refused",
         )
-    refused(federation, "upload", encode(Upload(header=upload.header, sealed=upload.sealed[:-1])), "wrong-sealed-size")
-    refused(federation, "upload", encode(Upload(header=upload.header, sealed=upload.sealed + b"x")), "wrong-sealed-size")
+    refused(federation, "upload", Upload(header=upload.header, sealed=upload.sealed[:-1]), "wrong-sealed-size")
+    refused(federation, "upload", Upload(header=upload.header, sealed=upload.sealed + b"x"), "wrong-sealed-size")
+
+
+def test_a_valid_header_with_other_sealed_bytes_fills_no_slot(federation):
+    """What a man in the middle can make of a silo's upload, or another member of its header in the freeze."""
+    right = stalled(federation, "upload")
+    document, upload = decode(right, Signed), upload_of(right)
+    others = [os.urandom(len(upload.sealed)), upload.sealed[:-1] + bytes([upload.sealed[-1] ^ 1])]
+    for garbage in (Upload(header=upload.header, sealed=sealed) for sealed in others):
+        by_nobody = {
+            "malformed": encode(garbage),
+            "bad-signature": encode(msgspec.structs.replace(document, body=encode(garbage))),
+            "wrong-type": encode(msgspec.structs.replace(decode(upload.header, Signed), body=encode(garbage))),
+        }
+        by_another = {
+            "wrong-sender": signed(federation, "upload", garbage, by=3, sender=3),
+            "bad-signature": signed(federation, "upload", garbage, by=3, sender=2),
+        }
+        for code, data in [*by_nobody.items(), *by_another.items()]:
+            with pytest.raises(TrustError) as caught:
+                federation.board.put("upload", 1, 2, data)
+            assert caught.value.code == code
+            assert federation.store.parties("upload", 1) == (1, 3), "the slot stays free"
+    assert federation.board.put("upload", 1, 2, right) == "created"
+    assert federation.coordinator().run_round(1).kind == "result"
+
+
+def test_a_members_own_upload_with_anothers_header_is_refused(federation):
+    upload = upload_of(stalled(federation, "upload"))
+    other = upload_of(federation.silos[2].sent["upload", 1])
+    refused(federation, "upload", Upload(header=other.header, sealed=upload.sealed), "wrong-sender")
 
 
 def test_consent_and_release_are_for_the_frozen_set_and_in_order(federation):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from aggregator import admission
@@ -10,7 +11,7 @@ from aggregator.board import Board
 from aggregator.store import Store
 from privacy.envelope import sign
 from privacy.errors import Equivocation, RoundError, TrustError
-from privacy.messages import Countersignature, encode
+from privacy.messages import Countersignature, Signed, decode, encode
 from tests.federation import Federation, silo_identity
 
 
@@ -29,13 +30,15 @@ def test_a_second_signed_document_is_equivocation_and_a_forged_one_is_not(tmp_pa
     opened = federation.stall(1, "upload", 1)
     silo = federation.silos[1]
     first = silo.sent["upload", 1]
-    second = encode(silo.upload(1, opened.ctx))
+    second = silo.sign("upload", opened.context, silo.upload(1, opened.ctx))
     assert second != first
     with pytest.raises(Equivocation, match="a second upload 1 of party 2"):
         federation.board.put("upload", 1, 2, second)
-    with pytest.raises(TrustError) as caught:
-        federation.board.put("upload", 1, 2, second[:-1] + bytes([second[-1] ^ 1]) + b"x")
-    assert not isinstance(caught.value, Equivocation)
+    other_sealed = msgspec.structs.replace(decode(first, Signed), body=decode(second, Signed).body)
+    for forged in (second[:-1] + bytes([second[-1] ^ 1]), second + b"x", encode(other_sealed)):
+        with pytest.raises(TrustError) as caught:
+            federation.board.put("upload", 1, 2, forged)
+        assert not isinstance(caught.value, Equivocation)
     assert federation.board.get("upload", 1, 2) == first
 
 

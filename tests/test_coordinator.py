@@ -11,8 +11,8 @@ from aggregator.store import Store
 from privacy import update_rule
 from privacy.errors import ConfigError, MachineError, RoundError, TrustError
 from privacy.keys import Identity
-from privacy.messages import AGGREGATOR, Acknowledgement, Confirmation, Release, Signed, Upload, decode, encode
-from tests.federation import HUB, Federation, Stopped, silo_identity
+from privacy.messages import AGGREGATOR, Acknowledgement, Confirmation, Release, Signed, Upload, decode
+from tests.federation import HUB, Federation, Stopped, silo_identity, upload_of
 
 
 @pytest.fixture
@@ -124,22 +124,24 @@ def test_a_silent_silo_closes_the_round_and_the_next_one_goes_on(federation, kin
     assert coordinator.run_round(2).state == federation.reached([2]).digest
 
 
-def test_more_void_rounds_in_a_row_than_allowed_stop_it_for_good(tmp_path):
-    federation = Federation(tmp_path, sum={"max_void_rounds": 1})
+@pytest.mark.parametrize(("allowed", "last"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_as_many_void_rounds_in_a_row_as_the_contract_names_stop_it_for_good(tmp_path, allowed, last):
+    federation = Federation(tmp_path, sum={"max_void_rounds": allowed})
     coordinator = federation.ready()
     federation.silos[2].withhold.add("upload")
-    assert coordinator.run_round(1).kind == "void"
-    with pytest.raises(RoundError, match="2 void rounds in a row") as caught:
-        coordinator.run_round(2)
+    for number in range(1, last):
+        assert coordinator.run_round(number).kind == "void"
+    with pytest.raises(RoundError, match=f"{last} rounds in a row were void .* allows {allowed}") as caught:
+        coordinator.run_round(last)
     assert caught.value.exit_code == 6
     federation.silos[2].withhold.clear()
-    with pytest.raises(RoundError, match="void rounds"):
-        federation.coordinator().run_round(3)
-    assert federation.store.latest("manifest") == 2
+    with pytest.raises(RoundError, match="rounds in a row were void"):
+        federation.coordinator().run_round(last + 1)
+    assert federation.store.latest("manifest") == last
 
 
 def test_a_result_between_void_rounds_starts_the_count_again(tmp_path):
-    federation = Federation(tmp_path, sum={"max_void_rounds": 1})
+    federation = Federation(tmp_path, sum={"max_void_rounds": 2})
     coordinator = federation.ready()
     for number in range(1, 6):
         federation.silos[2].withhold = {"upload"} if number % 2 else set()
@@ -191,8 +193,9 @@ def test_a_faulty_upload_voids_the_round_before_anyone_consents_and_names_the_si
     silo = federation.silos[1]
 
     def broken(data):
-        upload = decode(data, Upload)
-        return encode(Upload(header=upload.header, sealed=upload.sealed[:-1] + bytes([upload.sealed[-1] ^ 1])))
+        upload = upload_of(data)
+        garbage = Upload(header=upload.header, sealed=upload.sealed[:-1] + bytes([upload.sealed[-1] ^ 1]))
+        return silo.sign("upload", silo.chain.context, garbage)  # by its own hand: nobody else could
 
     silo.alter["upload"] = broken
     with pytest.raises(TrustError):

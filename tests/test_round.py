@@ -19,13 +19,14 @@ from aggregator import admission, rounds
 from privacy import envelope, federation, files, guardian_sum, keys, ledger, ring, update_rule
 from privacy.budget import Gate, Limits
 from privacy.errors import BudgetExhausted, Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
-from privacy.messages import AGGREGATOR, Acknowledgement, Upload, decode, encode
+from privacy.messages import AGGREGATOR, Acknowledgement, decode, encode
 from privacy.update_rule import State
 from silo import config, membership, participation, session, settlement
 from silo.home import Home
 from silo.round import Parts, Rounds
 from silo.settlement import load_progress
 from silo.upload import masked as _original_masked
+from tests.federation import upload_of
 from tests.terms import contract_bytes
 
 SILOS = (1, 2, 3)
@@ -112,7 +113,7 @@ class Hub:
                 self.publish(kind, number, opened.context, make(opened))
 
     def _freeze(self, opened):
-        headers = {s: decode(raw, Upload).header for s, raw in self.bodies("upload", opened.number).items()}
+        headers = {s: upload_of(raw).header for s, raw in self.bodies("upload", opened.number).items()}
         made, self.frozen = rounds.freeze(self.accepted, opened, headers)
         return made
 
@@ -129,12 +130,12 @@ class Hub:
             for m in terms.member
         }
         vectors = {
-            s: guardian_sum.open_upload(decode(raw, Upload), self.frozen.headers[s], seal_seed=seed)
+            s: guardian_sum.open_upload(upload_of(raw), self.frozen.headers[s], seal_seed=seed)
             for s, raw in self.bodies("upload", opened.number).items()
         }
         total = guardian_sum.unmask(vectors, seeds, self.certified)
         self.total = ring.lift(total)
-        made, self.state = rounds.result(self.accepted, opened, self.state, self.certified, total, seeds)
+        made, self.state = rounds.result(self.accepted, opened, self.state, self.certified, total, seeds, vectors)
         return made
 
     def call(self, number):

@@ -12,8 +12,8 @@ from aggregator import rounds
 from privacy import envelope, guardian_sum, update_rule
 from privacy.errors import ConfigError, RoundError, TrustError
 from privacy.federation import ring_plan
-from privacy.messages import AGGREGATOR, Manifest, Outcome, Signed, Upload, decode, encode
-from tests.federation import START, Federation, signed_by_hub, silo_identity
+from privacy.messages import AGGREGATOR, Manifest, Outcome, Signed, decode, encode
+from tests.federation import START, Federation, signed_by_hub, silo_identity, upload_of
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_roster_freeze_and_certificate_want_every_member(federation):
     assert caught.value.facts["missing"] == [2]
     with pytest.raises(RoundError, match=r"no upload from silos \[1, 2, 3\]"):
         rounds.freeze(federation.accepted, opened, {})
-    headers = {silo.id: decode(silo.sent["upload", 1], Upload).header for silo in federation.silos}
+    headers = {silo.id: upload_of(silo.sent["upload", 1]).header for silo in federation.silos}
     frozen = rounds.freeze(federation.accepted, opened, headers)[1]
     consents = {silo.id: silo.sent["consent", 1] for silo in federation.silos if silo.id != 3}
     with pytest.raises(RoundError, match=r"no consent from silos \[3\]"):
@@ -164,7 +164,7 @@ def test_a_void_outcome_holds_no_sum_and_leaves_the_state(federation):
     state = update_rule.initial(federation.accepted.terms)
     made = rounds.void(opened, state, rounds.ABSENT)
     assert made == Outcome(
-        round_ctx=opened.ctx, round=1, kind="void", reason="absent", frozen=b"", total=b"", seeds=(), next_state=state.digest
+        round_ctx=opened.ctx, round=1, kind="void", reason="absent", frozen=b"", total=b"", seeds=(), vectors=(), next_state=state.digest
     )
     assert rounds.settle(state, made, federation.accepted.terms) is state
     with pytest.raises(TrustError):
@@ -174,7 +174,7 @@ def test_a_void_outcome_holds_no_sum_and_leaves_the_state(federation):
 def test_the_same_documents_give_the_same_bodies(federation):
     federation.ready()
     opened = federation.stall(1, "release")
-    headers = {silo.id: decode(silo.sent["upload", 1], Upload).header for silo in federation.silos}
+    headers = {silo.id: upload_of(silo.sent["upload", 1]).header for silo in federation.silos}
     bodies = {
         encode(rounds.freeze(federation.accepted, opened, dict(items))[0]) for items in (headers.items(), reversed(headers.items()))
     }
