@@ -92,13 +92,21 @@ def _in_last_layers(modules: Sequence[str], count: int | None) -> tuple[str, ...
 
 
 def init(
-    root: Path, *, organisation: str, terms: Terms, lora_width: int, host: str = "127.0.0.1", port: int, database_url: str = ""
+    root: Path,
+    *,
+    organisation: str,
+    terms: Terms,
+    lora_width: int,
+    host: str = "127.0.0.1",
+    port: int,
+    database_url: str = "",
+    simulated: bool = False,
 ) -> dict[str, Any]:
-    """A new aggregator with its draft contract; what to tell the silos."""
+    """A new aggregator with its draft contract; what to tell the silos. ``simulated``: every report of it says that it is one."""
     home, identity = enrolment.init(
         root, name="aggregator", organisation=organisation, terms=terms, host=host, port=port, database_url=database_url
     )
-    files.write_atomic(_model_facts(home), json.dumps({"lora_width": lora_width}).encode() + b"\n")
+    files.write_atomic(_model_facts(home), json.dumps({"lora_width": lora_width, "simulated": simulated}).encode() + b"\n")
     return {"home": str(root), "draft": str(home.draft_path), "fingerprint": keys.fingerprint(identity.public)}
 
 
@@ -175,7 +183,8 @@ def build_report(root: Path, extra: dict[str, compliance.Scalar] | None = None) 
             state_digest=last,
             generated_at=int(time.time()),
             software=software(),
-            extra=extra,
+            extra={**(extra or {}), **({"simulated": True} if _facts_at_start(at.home).get("simulated") else {})},
+            still_open=_still_open(at),
         )
 
 
@@ -233,6 +242,12 @@ def _settled(at: Opened) -> list[compliance.RoundFacts]:
     return found
 
 
+def _still_open(at: Opened) -> tuple[int, ...]:
+    """Silos whose upload to the round that has not ended is here."""
+    number = at.store.latest("upload") or 0
+    return at.store.parties("upload", number) if number > (at.store.latest("outcome") or 0) else ()
+
+
 def _bytes_in(at: Opened, number: int) -> int:
     entries = (at.store.entry(kind, number, silo) for kind in _SILO_KINDS for silo in at.store.parties(kind, number))
     return sum(entry.size for entry in entries if entry is not None)
@@ -242,8 +257,13 @@ def _lora_bytes(at: Opened) -> int:
     """What plain LoRA of the same rank and the same head would send, in float32."""
     terms = at.accepted.terms
     head = len(terms.task.labels) * (terms.model.hidden_size + 1)
-    width = int(json.loads(_model_facts(at.home).read_bytes())["lora_width"])
+    width = int(_facts_at_start(at.home)["lora_width"])
     return 4 * (terms.adapter.rank * width + head)
+
+
+def _facts_at_start(home: Home) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_model_facts(home).read_bytes())
+    return found
 
 
 def _model_facts(home: Home) -> Path:

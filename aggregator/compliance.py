@@ -2,7 +2,7 @@
 """The report's facts: from a contract and the rounds that the aggregator saw to one frozen ``Report``.
 
 Every epsilon comes from ``privacy.accounting.certify``; this module chooses what is asked, never how it is answered. A silo
-is charged one step for every round in which its upload arrived, void rounds too. That is the aggregator's count: a silo
+is charged one step for every round in which its upload arrived, void and open rounds too. That is the aggregator's count: a silo
 charges each attempt in its own ledger, which is the authority and may stand higher. What nobody recorded has no field.
 
 The schema is ``siloquy-report/1`` (docs/reference/report.md): fields are added, never renamed, under the same number.
@@ -11,7 +11,7 @@ The schema is ``siloquy-report/1`` (docs/reference/report.md): fields are added,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -166,7 +166,7 @@ class Report(Fact, frozen=True, kw_only=True):
 
 def facts(
     accepted: Accepted, *, rounds: Sequence[RoundFacts], upload_bytes: int, lora_bytes: int, state_digest: str, generated_at: int,
-    software: Mapping[str, str], extra: Mapping[str, Scalar] | None = None,
+    software: Mapping[str, str], extra: Mapping[str, Scalar] | None = None, still_open: Collection[int] = (),
 ) -> Report:
     """The report on ``rounds`` under the contract ``accepted``.
 
@@ -174,10 +174,12 @@ def facts(
         upload_bytes, lora_bytes: per silo and round; what is sent, and what plain LoRA would send.
         state_digest: hex digest of the model state after the last round.
         generated_at: Unix seconds.
-        extra: scalars that the caller adds under its own responsibility; they are shown as such.
+        extra: scalars that the caller adds under its own responsibility; they are shown as such. Where ``simulated`` is true
+            the words are those of a simulation.
+        still_open: silos whose upload to a round that has not ended is here; it is charged, and not among ``rounds``.
 
     Formal guarantees: every epsilon equals ``accounting.certify`` of the contract's mechanism at the stated steps and shares;
-    a silo's steps are the number of rounds, void ones included, that hold an upload of it.
+    a silo's steps are the number of rounds, void ones and an open one included, that hold an upload of it.
 
     Raises:
         ConfigError: round numbers do not ascend, or a participant is no member or stands twice.
@@ -186,7 +188,8 @@ def facts(
     terms = accepted.terms
     _check_rounds(terms, rounds)
     curve = _Curve(terms)
-    silos = tuple(_silo(curve, member, _steps(rounds, member.id)) for member in terms.member)
+    silos = tuple(_silo(curve, member, _steps(rounds, member.id) + (member.id in still_open)) for member in terms.member)
+    simulated = (extra or {}).get("simulated") is True
     most = max(silo.spent.steps for silo in silos)
     spent, plan = curve(most), curve(terms.training.rounds)
     profile = tuple(_profile_point(curve, delta, most) for delta in _deltas(terms))
@@ -195,17 +198,19 @@ def facts(
         format=SCHEMA, generated_at=generated_at, federation=_federation(accepted, state_digest),
         summary=wording.summary(
             terms, steps=most, epsilon=spent.epsilon, rounds_left=min(silo.rounds_left for silo in silos),
-            odds=(odds[0].false_positive_rate, odds[0].spent), upload_bytes=upload_bytes,
+            odds=(odds[0].false_positive_rate, odds[0].spent), upload_bytes=upload_bytes, simulated=simulated,
         ),
         guarantee=Guarantee(
             unit=wording.unit(terms), relation=wording.relation(terms), delta=terms.privacy.delta,
             adversaries=_adversaries(curve, most), odds=odds,
         ),
-        mechanism=wording.parameters(terms),
+        mechanism=wording.parameters(terms, simulated=simulated),
         accounting=Accounting(event=federation.mechanism(terms), spent=spent, plan=plan, profile=profile),
         silos=silos, burn_down=tuple(curve(steps) for steps in _grid(most, terms.training.rounds)),
-        composition=wording.composition(terms), traffic=_traffic(terms, rounds, upload_bytes, lora_bytes), rounds=tuple(rounds),
-        assumptions=wording.assumptions(terms), software=dict(software), aggregator_fingerprint=_coordinator(terms),
+        composition=wording.composition(terms, simulated=simulated),
+        traffic=_traffic(terms, rounds, upload_bytes, lora_bytes), rounds=tuple(rounds),
+        assumptions=wording.assumptions(terms, simulated=simulated), software=dict(software),
+        aggregator_fingerprint=_coordinator(terms),
         consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)), checks=wording.checks(),
         extra=dict(extra or {}),
     )

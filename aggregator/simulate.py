@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +30,22 @@ from privacy.federation import mechanism
 _START_S = 60.0
 _END_S = 120.0
 _SILO_LIMIT = 1.25
+_RECORDS_OF_A_COLUMN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to simulate. ``data`` None takes the built-in pairs. ``delta`` None takes 1/(10·units) rounded down, at most 1e-5."""
+    """What to simulate. ``data`` None takes the built-in pairs. ``delta`` None takes 1/(10·units) rounded down, at most 1e-5.
+
+    ``max_records_per_unit`` None keeps one record of a unit that is a record, eight of one that a column names.
+    """
 
     home: Path
     data: Path | None = None
     silo_column: str | None = None
     silos: int = 3
     unit: str | None = None
-    max_records_per_unit: int = 1
+    max_records_per_unit: int | None = None
     model: str = "minilm"
     mode: str = "joint"
     rounds: int = 16
@@ -51,7 +56,7 @@ class Settings:
     scale: float = 40.0
     learning_rate: float = 0.008
     max_grad_norm: float = 1.0
-    max_length: int = 64
+    max_length: int = 48
     targets: tuple[str, ...] = commands.ALL_LINEAR_OF_BERT
     last_layers: int | None = 3
 
@@ -73,7 +78,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a simulation found; ``as_json`` is the document of ``aggregator simulate --json``."""
+    """What a simulation found; ``as_json`` is the document of ``aggregator simulate --json``.
+
+    Both epsilons are against the aggregator with the colluding silos. ``epsilon_per_silo`` is what each silo's own ledger
+    certifies, the smaller of two accountants; ``epsilon`` is the largest PLD figure among them, and so at least as large.
+    """
 
     silos: int
     rounds: int
@@ -102,7 +111,10 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class _Dealt:
-    """Records by silo, the held-out ones, and what a contract must say about them."""
+    """Records by silo, the held-out ones, and what a contract must say about them.
+
+    ``left_out`` counts the silos' records above ``max_records_per_unit``; the silos pass them over.
+    """
 
     shares: Sequence[Sequence[Mapping[str, object]]]
     held_out: Sequence[Mapping[str, object]]
@@ -111,6 +123,7 @@ class _Dealt:
     unit: str
     max_records_per_unit: int
     units: int
+    left_out: int
 
 
 def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
@@ -119,17 +132,22 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
     Raises:
         ConfigError: the settings or the data cannot be used, or the folder is not empty.
         TrustError: the parties do not agree on the model.
+        PrivacyRefusal: delta is too large for so many units.
         SiloquyError: what any of the processes reported.
     """
     started = time.monotonic()
     _check(settings)
     progress(Step(text="collecting records"))
     dealt = _deal(settings)
+    delta = settings.delta or default_delta(dealt.units, len(dealt.shares))
+    accounting.check_delta(delta, dealt.units * len(dealt.shares))
+    if dealt.left_out:
+        progress(Step(text=f"{dealt.left_out} records left out: at most {dealt.max_records_per_unit} of one {dealt.unit} are used"))
     home = settings.home.absolute()
     aggregator = home / "aggregator"
     progress(Step(text="signing the contract"))
     with children(home / "logs") as running:
-        _enrol(settings, dealt, aggregator, running)
+        _enrol(settings, dealt, delta, aggregator, running)
         names = _silo_names(dealt)
         for name in names:
             running.start(f"train-{name}", "silo", ["train", "--home", home / name, "--rounds", str(settings.rounds)])
@@ -152,6 +170,12 @@ def _check(settings: Settings) -> None:
             hint="name a new folder with --home: a simulation never overwrites ledgers",
             code="home-exists",
         )
+    if settings.unit in (None, "record") and (settings.max_records_per_unit or 1) > 1 and settings.data is not None:
+        raise ConfigError(
+            f"at most {settings.max_records_per_unit} records of a unit, each record is a unit of its own",
+            hint="name the column of the privacy unit with --unit",
+            code="no-unit",
+        )
 
 
 def _deal(settings: Settings) -> _Dealt:
@@ -161,13 +185,16 @@ def _deal(settings: Settings) -> _Dealt:
             {"text": pair.text, "text_pair": pair.text_pair, "label": pair.label, "file": pair.file} for pair in pairs.collect()
         ]
         labels: tuple[str, ...] = pairs.LABELS
-        unit, most = "file", pairs.MAX_PER_FILE
+        unit, most = "file", settings.max_records_per_unit or pairs.MAX_PER_FILE
     else:
         found = [row for _, row in rows.read_rows(settings.data)]
         labels = tuple(sorted({str(row.get("label", "")) for row in found}))
-        unit, most = settings.unit or "record", settings.max_records_per_unit
+        unit = settings.unit or "record"
+        most = settings.max_records_per_unit or (1 if unit == "record" else _RECORDS_OF_A_COLUMN)
     shares, held_out = split.deal(found, silos=settings.silos, silo_column=settings.silo_column, unit=unit)
-    counts = [len({row[unit] for row in share}) if unit != "record" else len(share) for share in shares]
+    per_unit = [
+        [1] * len(share) if unit == "record" else list(Counter(str(row[unit]) for row in share).values()) for share in shares
+    ]
     return _Dealt(
         shares=shares,
         held_out=held_out,
@@ -175,14 +202,15 @@ def _deal(settings: Settings) -> _Dealt:
         text_pair="text_pair" in found[0],
         unit=unit,
         max_records_per_unit=most,
-        units=_rounded(min(counts)),
+        units=rounded_up(max(len(counts) for counts in per_unit)),
+        left_out=sum(max(0, count - most) for counts in per_unit for count in counts),
     )
 
 
-def _rounded(count: int) -> int:
-    """One significant digit, down: what members of a real federation agree on without telling their counts."""
+def rounded_up(count: int) -> int:
+    """The next number of one significant digit: an upper bound, as members of a real federation agree on one without counts."""
     scale = int("1" + "0" * (len(str(count)) - 1))
-    return count // scale * scale
+    return -(-count // scale) * scale
 
 
 def default_delta(units: int, silos: int) -> float:
@@ -192,11 +220,10 @@ def default_delta(units: int, silos: int) -> float:
     return min(math.floor(bound / digit * (1 + 1e-12)) * digit, bound)
 
 
-def _enrol(settings: Settings, dealt: _Dealt, aggregator: Path, running: Children) -> None:
+def _enrol(settings: Settings, dealt: _Dealt, delta: float, aggregator: Path, running: Children) -> None:
     """Everything before the first round: contract, service, silos, countersignatures."""
     home = aggregator.parent
     model, modules, lora_width = commands.describe_model(settings.model, settings.targets, last_layers=settings.last_layers)
-    delta = settings.delta or default_delta(dealt.units, len(dealt.shares))
     terms = Terms(
         name="simulation",
         expires=commands.in_a_year(),
@@ -219,7 +246,8 @@ def _enrol(settings: Settings, dealt: _Dealt, aggregator: Path, running: Childre
         epsilon=settings.epsilon,
         delta=delta,
     )
-    made = commands.init(aggregator, organisation="Simulated coordinator", terms=terms, lora_width=lora_width, port=0)
+    who = "Simulated coordinator"
+    made = commands.init(aggregator, organisation=who, terms=terms, lora_width=lora_width, port=0, simulated=True)
     running.start("serve", "aggregator", ["serve", "--home", aggregator])
     url = _service_url(aggregator, running)
     _write_rows(home / "held-out.jsonl", dealt.held_out)
@@ -313,15 +341,14 @@ def _result(
             f"the parties reached different models: {digests}", hint="keep the folder and report this", code="digests-differ"
         )
     accuracies = {key: float(str(measured[key])) for key in ("accuracy_before", "accuracy_head", "accuracy_after")}
-    facts = commands.build_report(aggregator, {"held_out_records": len(dealt.held_out), "simulated": True, **accuracies})
+    facts = commands.build_report(aggregator, {"held_out_records": len(dealt.held_out), **accuracies})
     record, page = commands.write_report(aggregator, aggregator / "report", facts)
-    spent = {silo.name: _figure(silo.spent.epsilon_pld, silo.spent.epsilon) for silo in facts.silos}
     return Result(
         silos=len(dealt.shares),
         rounds=len(closed),
-        epsilon=max(spent.values()),
+        epsilon=max(_by_pld(each) for each in stated.values()),
         delta=facts.guarantee.delta,
-        epsilon_per_silo=spent,
+        epsilon_per_silo={name: float(str(each["epsilon"])) for name, each in stated.items()},
         accuracy_before=accuracies["accuracy_before"],
         accuracy_head=accuracies["accuracy_head"],
         accuracy_after=accuracies["accuracy_after"],
@@ -339,8 +366,10 @@ def _result(
     )
 
 
-def _figure(by_pld: float | None, certified: float) -> float:
-    return certified if by_pld is None else by_pld
+def _by_pld(stated: Mapping[str, object]) -> float:
+    """A silo's PLD figure, or the certified one where none was computed."""
+    found = stated["epsilon_pld"]
+    return float(str(stated["epsilon"] if found is None else found))
 
 
 def _seconds_per_round(facts: Report) -> float:

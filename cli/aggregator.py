@@ -35,7 +35,7 @@ def init(
     organisation: Annotated[str, typer.Option(help="who coordinates")],
     labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order")],
     units: Annotated[
-        int, typer.Option(min=1, help="a rounded public figure of privacy units per silo, agreed without exact counts")
+        int, typer.Option(min=1, help="a rounded public upper bound on any silo's privacy units, agreed, not counted")
     ],
     rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
@@ -91,14 +91,8 @@ def init(
         deadline_s=deadline,
     )
     made = commands.init(home, organisation=organisation, terms=terms, lora_width=lora_width, port=port)
-    Output(json=json).result(
-        made,
-        [
-            f"aggregator in {home}",
-            f"fingerprint {made['fingerprint']}",
-            f"next: read {made['draft']}, then `aggregator member` for each silo",
-        ],
-    )
+    after = f"next: read {made['draft']}, then `aggregator member` for each silo"
+    Output(json=json).result(made, [f"aggregator in {home}", f"fingerprint {made['fingerprint']}", after])
 
 
 @app.command()
@@ -201,6 +195,25 @@ def run_rounds(
 
 
 @app.command()
+def epoch(home: AggregatorHome = HERE, json: Json = False) -> None:
+    """Call a new epoch: fresh keys of every silo, when one lost its own or the set-up was spoilt. Open rounds end first.
+
+    \b
+    Example:
+      aggregator epoch
+    """
+    from aggregator import commands
+    from cli.output import Output
+    from cli.progress import RoundDisplay
+
+    output = Output(json=json)
+    with RoundDisplay(output) as display, commands.running(home, progress=display.event) as coordinator:
+        coordinator.ensure_countersigned()
+        called = coordinator.new_epoch()
+    output.result({"epoch": called.number}, [f"epoch {called.number}: every silo confirmed its keys with every other"])
+
+
+@app.command()
 def status(home: AggregatorHome = HERE, json: Json = False) -> None:
     """The contract, who signed it, and the latest round.
 
@@ -293,6 +306,9 @@ def simulate(
     unit: Annotated[
         str | None, typer.Option(help="the column that names the privacy unit; each record is one unless given")
     ] = None,
+    max_records_per_unit: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="more of one unit are left out; 8 with --unit, else 1, unless given")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="private rounds")] = None,
     epsilon: Annotated[float, typer.Option(help="what the run may cost")] = 8.0,
     delta: Annotated[float | None, typer.Option(help="1/(10 · all units), at most 1e-5, unless given")] = None,
@@ -324,6 +340,7 @@ def simulate(
         silo_column=silo_column,
         silos=silos,
         unit=unit,
+        max_records_per_unit=max_records_per_unit,
         epsilon=epsilon,
         delta=delta,
         mode=mode,

@@ -33,6 +33,9 @@ _WAITING = {
 }
 
 
+_HEAD = "a private linear head alone (best of {} step sizes, each at the same epsilon)"
+
+
 class RoundDisplay:
     """The moving line of ``aggregator round``."""
 
@@ -84,22 +87,25 @@ def _waiting(step: str) -> str:
 
 def closing_words(result: Result) -> Iterator[str | Table]:
     """What a simulation ends with, for people."""
+    from aggregator.wording import HEAD_MODELS
+
     yield ""
     yield table(
         f"accuracy on {result.held_out} held-out records (the simulator's: no silo has them)",
         ("", "accuracy"),
         [
-            ("before: the base model, untrained head", f"{result.accuracy_before:.3f}"),
-            ("a private linear head alone, same epsilon", f"{result.accuracy_head:.3f}"),
+            ("before: an untrained head, which answers the first label to everything", f"{result.accuracy_before:.3f}"),
+            (_HEAD.format(HEAD_MODELS), f"{result.accuracy_head:.3f}"),
             ("after: R-only LoRA-SB adapters and head", f"{result.accuracy_after:.3f}"),
         ],
     )
     yield ""
     yield table(
         f"privacy against the aggregator with one colluding silo, delta {result.delta:g}",
-        ("silo", "epsilon"),
+        ("silo, by its own ledger", "epsilon"),
         [(name, f"{epsilon:.3f}") for name, epsilon in result.epsilon_per_silo.items()],
     )
+    yield f"the head alone trained {HEAD_MODELS} more models on these records, which no ledger charges"
     yield ""
     ratio = result.lora_bytes / result.upload_bytes if result.upload_bytes else 0.0
     yield f"sent per silo and round: {size(result.upload_bytes)}"

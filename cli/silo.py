@@ -137,7 +137,7 @@ def train(
     output.result(
         summary,
         [
-            f"{summary['rounds']} rounds, epsilon {summary['epsilon']:.3f} of {summary['limit']:g}",
+            f"{summary['rounds']} rounds, epsilon {summary['epsilon']:.3f} of {summary['limit']:g} at delta {summary['delta']:g}",
             f"model {summary['model_digest']}",
         ],
     )
@@ -176,9 +176,10 @@ def budget(
 
     facts = commands.budget(home, forecast)
     picture = bar(facts["epsilon"], facts["limit"])
+    by_pld = "not computed" if facts["epsilon_pld"] is None else f"{facts['epsilon_pld']:.4g}"
     lines = [
         f"epsilon {facts['epsilon']:.4g} of {facts['limit']:g} at delta {facts['delta']:g}   {picture}",
-        f"by PLD {facts['epsilon_pld']:.4g}, by RDP {facts['epsilon_rdp']:.4g}; {facts['steps']} private steps charged",
+        f"by PLD {by_pld}, by RDP {facts['epsilon_rdp']:.4g}; {facts['steps']} private steps charged",
     ]
     ahead = [(row["rounds"], f"{row['epsilon']:.4g}") for row in facts["forecast"]]
     Output(json=json).result(facts, [*lines, *([table("forecast", ("more rounds", "epsilon"), ahead)] if ahead else [])])
@@ -208,7 +209,8 @@ def evaluate(
     facts = commands.evaluate(home, records, tuple(private_head or ()))
     lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
     if facts.get("accuracy_head") is not None:
-        lines.append(f"a private linear head alone, same budget: {facts['accuracy_head']:.3f}")
+        tried = f"best of {facts['head_models']} step sizes, each at the same epsilon, charged to no ledger"
+        lines.append(f"a private linear head alone ({tried}): {facts['accuracy_head']:.3f}")
     Output(json=json).result(facts, lines)
 
 

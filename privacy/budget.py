@@ -36,12 +36,16 @@ MOST_ATTEMPTS = 3
 class Limits:
     """The most that may be spent on any unit of this silo, over all runs.
 
+    ``delta`` is the one in which figures are stated. ``filter_delta`` is the silo's own limit where a contract states a smaller
+    one: the filter's order must be the same under every contract on the ledger.
+
     Raises:
         PrivacyRefusal: epsilon is not a positive number, or delta not inside (0, 1).
     """
 
     epsilon: float
     delta: float
+    filter_delta: float | None = None
 
     def __post_init__(self) -> None:
         if not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
@@ -55,7 +59,7 @@ class Limits:
         """The Renyi order at which this limit holds the most unsampled Gaussian steps; a function of the limit alone."""
 
         def room(order: int) -> float:
-            return (self.epsilon - accounting.conversion(order, self.delta)) / order
+            return (self.epsilon - accounting.conversion(order, self.filter_delta or self.delta)) / order
 
         return max(accounting.INTEGER_ORDERS, key=room)
 

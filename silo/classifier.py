@@ -4,7 +4,7 @@
 Promised: exactly the R of the named layers and the head are trainable; the encoder stays in evaluation mode, so that no
 dropout bit depends on a generator; attention takes one path, whether or not *another* row of the batch is padded. Only
 local files are read and no code from a model folder is run. Not promised: that an unknown architecture treats rows apart.
-The names checked here only explain; ``gradients.check_invariance`` decides.
+The names checked here only explain; ``silo.invariance`` decides.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _pooling_weights(mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _refuse_mixing(encoder: PreTrainedModel) -> None:
-    """Raises ConfigError for what is known to let one example change another's result."""
+    """Raises ConfigError for what is known to let one example, or one batch, change another's result."""
     norms = [name for name, module in encoder.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     experts = [key for key in _EXPERT_KEYS if (getattr(encoder.config, key, None) or 0) > 1]
     if norms or experts:
@@ -228,6 +228,20 @@ def _refuse_mixing(encoder: PreTrainedModel) -> None:
             f"the base model lets examples influence each other: {', '.join([*norms, *experts][:3])}",
             hint="choose a base model without batch statistics and without routed experts", code="mixes-examples",
         )  # fmt: skip
+    ropes = [kind for kind in _rope_types(encoder) if "dynamic" in kind or kind == "longrope"]
+    if ropes:
+        raise ConfigError(
+            f"the base model's rope_type is {ropes[0]}: its rotary embedding follows the longest batch so far",
+            hint="choose a base model with rotary embeddings that are fixed, such as default, linear, yarn or llama3",
+            code="carries-state",
+        )  # fmt: skip
+
+
+def _rope_types(encoder: PreTrainedModel) -> list[str]:
+    """Every kind of rotary embedding in the configuration: one table, or one per type of layer."""
+    table = getattr(encoder.config, "rope_parameters", None) or {}
+    tables = [table, *(each for each in table.values() if isinstance(each, dict))]
+    return [str(each.get("rope_type", each.get("type", "default"))) for each in tables]
 
 
 def _agree(what: str, found: int, wanted: int) -> None:

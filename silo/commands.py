@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from privacy import keys
+from privacy.accounting import Certificate
 from privacy.budget import Account, Gate, Limits
 from privacy.errors import ConfigError, LedgerBroken
 from privacy.federation import Accepted, Member, mechanism
@@ -98,8 +100,6 @@ class Visit:
 
     def countersign(self) -> Member:
         """Check budget, limits, model and records, sign, and post; which member this silo is."""
-        with _gate(self.home, self.identity, self.accepted, self.settings) as gate:
-            gate.declare(run=self.accepted.terms.name)
         return membership.countersign(
             self.home,
             self.transport,
@@ -107,8 +107,14 @@ class Visit:
             self.accepted,
             limits=self.settings.limits,
             now=datetime.now(UTC),
-            check_local=functools.partial(membership.check_fit, config=self.settings, home=self.home),
+            check_local=self._check_local,
         )
+
+    def _check_local(self, accepted: Accepted) -> None:
+        """The last check before the signature: model and records fit, and the plan fits the ledger, which holds it from here on."""
+        membership.check_fit(accepted, config=self.settings, home=self.home)
+        with _gate(self.home, self.identity, accepted, self.settings) as gate:
+            gate.declare(run=accepted.terms.name)
 
 
 @contextlib.contextmanager
@@ -245,6 +251,7 @@ def status(root: Path) -> dict[str, Any]:
         "round": progress.round,
         "rounds_planned": accepted.terms.training.rounds,
         "epsilon": spent.epsilon,
+        "epsilon_pld": _by_pld(spent),
         "delta": spent.delta,
         "limit": settings.limits.epsilon,
         "model_digest": progress.state.digest.hex(),
@@ -261,7 +268,7 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
     ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
     return {
         "epsilon": spent.epsilon,
-        "epsilon_pld": spent.epsilon_pld,
+        "epsilon_pld": _by_pld(spent),
         "epsilon_rdp": spent.epsilon_rdp,
         "delta": spent.delta,
         "limit": settings.limits.epsilon,
@@ -288,6 +295,7 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path]) -> dict[st
     }
     if private_head:
         facts["accuracy_head"] = evaluation.private_head(bench, private_head, records)
+        facts["head_models"] = len(evaluation.HEAD_RATES)
     return facts
 
 
@@ -310,7 +318,7 @@ def _gate(home: Home, identity: keys.Identity, accepted: Accepted, settings: con
     ledger = Ledger.open(home.ledger_path, sign=identity.sign, verify=_verify(identity), clock=time.time)
     try:
         _check_promises(home, ledger, accepted.digest.hex())
-        yield Gate(ledger, _limits(settings), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
+        yield Gate(ledger, _limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
     finally:
         ledger.close()
 
@@ -329,11 +337,18 @@ def _check_promises(home: Home, ledger: Ledger, contract: str) -> None:
 
 def _account(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Account:
     history = History.read(home.ledger_path, verify=_verify(identity))
-    return Account(history, _limits(settings), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
+    return Account(history, _limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
 
 
-def _limits(settings: config.Config) -> Limits:
-    return Limits(epsilon=settings.limits.epsilon, delta=settings.limits.delta)
+def _limits(settings: config.Config, accepted: Accepted) -> Limits:
+    """The silo's limits in the contract's delta, which is the smaller one: the ledger's figures are then those of the report."""
+    own = settings.limits
+    return Limits(epsilon=own.epsilon, delta=min(own.delta, accepted.terms.privacy.delta), filter_delta=own.delta)
+
+
+def _by_pld(spent: Certificate) -> float | None:
+    """The PLD figure, or None where none was computed: JSON has no infinity."""
+    return spent.epsilon_pld if math.isfinite(spent.epsilon_pld) else None
 
 
 def _verify(identity: keys.Identity) -> Callable[[bytes, bytes], None]:

@@ -102,9 +102,13 @@ def private_head(
 
     The mechanism is the contract's: the same sampling rate, rounds, clipping norm, lattice, update rule, and the noise of the
     plan's guarantee (σ against insiders); only the trainables are fewer. So it costs the same epsilon, and what is above it
-    is what the adapters add. The step size that suits adapters may not suit a head: several multiples are tried and the best
-    on the held-out records is given, which flatters the head. **Charged to no ledger**: it is for the simulator, whose one
-    machine holds all data. On real records it would have to be declared, reserved and composed like any other run.
+    is what the adapters add. The step size that suits adapters may not suit a head: every multiple in ``HEAD_RATES`` is
+    tried and the best on the held-out records is given, which flatters the head; each costs that epsilon once more.
+    **Charged to no ledger**: it is for the simulator, whose one machine holds all data. On real records every one of them
+    would have to be declared, reserved and composed like any other run.
+
+    Formal guarantees of each step: a unit enters by its own coin of the contract's rate, and every coordinate of the clipped
+    integer sum gets h shares of the plan's noise. What is given for the best of them is exact and covered by no epsilon.
 
     Args:
         train: the record files of all silos; units are kept apart by file.

@@ -7,13 +7,12 @@ clipped, so the unit and not the record is what one vector stands for.
 
 Promised: the losses are one per row and never averaged over rows; batches of one length bucket have one shape, whoever is
 in them; a unit is never split; nothing is drawn from a random generator. Not promised: that a given model and kernel give
-a unit the same bits in any company. That is measured by ``check_invariance`` before training, and it is assumption A1 of
+a unit the same bits in any company. That is measured by ``silo.invariance`` before training, and it is assumption A1 of
 the report (PRIVACY.md section 2).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from privacy.errors import ConfigError, PrivacyRefusal
+from privacy.errors import ConfigError
 from silo.tokens import EncodedUnit
 
 RowsFor = Callable[[int], int]
@@ -160,7 +159,7 @@ def unit_gradients(model: Rowwise, batch: PhysicalBatch, tape: Tape) -> Tensor:
 
     Order of the d columns: ``Classifier.read``. No parameter's ``.grad`` is touched.
 
-    Formal guarantees (what they rest on is checked by ``check_invariance``):
+    Formal guarantees (what they rest on is checked by ``silo.invariance``):
 
     1. Row i's loss is a function of row i: one cross entropy per row, summed and never averaged.
     2. A unit's rows are added in ascending order, one ordinal at a time, never by atomic additions.
@@ -207,6 +206,11 @@ def bucket(length: int, max_length: int) -> int:
     return min(-(-length // step) * step, max_length)
 
 
+def buckets(max_length: int) -> list[int]:
+    """Every L that ``bucket`` can give, ascending."""
+    return sorted({bucket(length, max_length) for length in range(1, max_length + 1)})
+
+
 def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) -> Iterator[PhysicalBatch]:
     """The physical batches that hold ``units``, each unit whole and in one batch, in order of arrival per length bucket.
 
@@ -222,11 +226,11 @@ def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) ->
         # Whether token types are passed is a property of the unit, so that no batch-mate can decide it.
         queue = waiting.setdefault((length, unit.rows[0][1] is not None), [])
         if sum(len(mate.rows) for mate in [*queue, unit]) > rows:
-            yield _physical(queue, length, rows)
+            yield as_batch(queue, length, rows)
             queue.clear()
         queue.append(unit)
     for (length, _), queue in sorted(waiting.items()):
-        yield _physical(queue, length, rows_for(length))
+        yield as_batch(queue, length, rows_for(length))
 
 
 def _longest(unit: EncodedUnit) -> int:
@@ -247,8 +251,11 @@ def _shape(unit: EncodedUnit, rows_for: RowsFor, max_length: int) -> tuple[int, 
     return length, rows
 
 
-def _physical(units: Sequence[EncodedUnit], length: int, rows: int) -> PhysicalBatch:
-    """``units`` in consecutive rows of a ``(rows, length)`` batch; dummies see one token, so that no row has an empty mask."""
+def as_batch(units: Sequence[EncodedUnit], length: int, rows: int) -> PhysicalBatch:
+    """``units`` in consecutive rows of a ``(rows, length)`` batch, into which they must fit; the first decides on token types.
+
+    The missing rows are dummies that see one token, so that no row has an empty mask.
+    """
     ids, mask, types = (np.zeros((rows, length), dtype=np.int64) for _ in range(3))
     labels, owners = np.zeros(rows, dtype=np.int64), np.full(rows, DUMMY, dtype=np.int64)
     mask[:, 0] = 1
@@ -267,85 +274,3 @@ def _physical(units: Sequence[EncodedUnit], length: int, rows: int) -> PhysicalB
         labels=torch.from_numpy(labels),
         unit=torch.from_numpy(owners),
     )
-
-
-def check_invariance(model: Rowwise, units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) -> bool:
-    """Whether a unit's gradient is the same bits in every slot; the start-up test of PRIVACY.md sections 1 and 2.
-
-    Each of ``units``, and a unit of ``max_length`` made from the first, is run alone, among copies of itself and among other
-    units, one of them without padding; the first also in a batch of the maximum length. Equal float32 bits are demanded,
-    which is stronger than equal integers after the lattice. It runs at a fixed non-zero state, since at the zero state
-    every gradient of R vanishes, and puts the model's state back.
-
-    False: company is harmless but the slot matters, so pack one unit per batch: ``pack([unit], …)``.
-
-    Raises:
-        PrivacyRefusal: in one and the same slot, other batch-mates change a unit's gradient. The model mixes examples.
-        ConfigError: ``units`` is empty, or a unit cannot be packed.
-    """
-    if not units:
-        raise ConfigError("the invariance test got no unit", hint="give it at least one")
-    probes = [*units, _stretched(units[0], max_length)]
-    lengths = [_shape(unit, rows_for, max_length)[0] for unit in probes]
-    places = {*enumerate(lengths), (0, max_length)}
-    with _probe_state(model):
-        verdicts = [
-            _same_in_every_slot(model, probes[index], probes, length, max(rows_for(length), len(probes[index].rows)))
-            for index, length in sorted(places)
-        ]
-    return all(verdicts)
-
-
-def _same_in_every_slot(model: Rowwise, unit: EncodedUnit, probes: Sequence[EncodedUnit], length: int, rows: int) -> bool:
-    """One unit at one shape; raises PrivacyRefusal when its gradient in the first slot depends on its batch-mates."""
-    tape = Tape(model.dimension)
-
-    def bits(company: Sequence[EncodedUnit]) -> Tensor:
-        return unit_gradients(model, _physical(company, length, rows), tape).view(torch.int32)
-
-    typed = unit.rows[0][1] is not None
-    others = [mate for mate in probes if mate is not unit and _longest(mate) <= length and (mate.rows[0][1] is not None) == typed]
-    mates = _filled([_stretched(unit, length), *others], rows - len(unit.rows))
-    alone = bits([unit])[0]
-    copies = bits([unit] * (rows // len(unit.rows)))
-    if not (torch.equal(copies[0], alone) and torch.equal(bits([unit, *mates])[0], alone)):
-        raise PrivacyRefusal(
-            f"with other batch-mates a unit's gradient is {_gap(copies[0], alone)} in its own slot ({rows} rows of {length})",
-            hint="this model mixes examples (batch norm, a loss over the batch, expert capacity); choose another base model",
-            code="mixes-examples", length=length, rows=rows,
-        )  # fmt: skip
-    return bool((copies == alone).all()) and torch.equal(bits([*mates, unit])[-1], alone)
-
-
-def _gap(found: Tensor, wanted: Tensor) -> str:
-    return "not the same" if torch.equal(found, wanted) else f"different in {int((found != wanted).sum())} of {len(wanted)} numbers"
-
-
-def _filled(mates: Sequence[EncodedUnit], room: int) -> list[EncodedUnit]:
-    """As many of ``mates``, repeated in order, as fit into ``room`` rows."""
-    chosen: list[EncodedUnit] = []
-    while True:
-        mate = mates[len(chosen) % len(mates)]
-        room -= len(mate.rows)
-        if room < 0:
-            return chosen
-        chosen.append(mate)
-
-
-def _stretched(unit: EncodedUnit, length: int) -> EncodedUnit:
-    """A one-record unit of exactly ``length`` tokens, the first record of ``unit`` repeated."""
-    input_ids, token_types, label = unit.rows[0]
-    stretched = tuple(input_ids[i % len(input_ids)] for i in range(length))
-    types = None if token_types is None else tuple(token_types[i % len(token_types)] for i in range(length))
-    return EncodedUnit(id=unit.id, rows=((stretched, types, label),))
-
-
-@contextlib.contextmanager
-def _probe_state(model: Rowwise) -> Iterator[None]:
-    """The model at a fixed, public, non-zero state; its own state is put back."""
-    before = model.read()
-    model.write(0.05 * np.random.Generator(np.random.PCG64(0)).standard_normal(model.dimension))
-    try:
-        yield
-    finally:
-        model.write(before)

@@ -70,11 +70,19 @@ def load(path: Path, task: Task, privacy: Privacy, *, selection_key: bytes) -> t
 
 
 def check_enough(units: Sequence[Unit], privacy: Privacy) -> None:
-    """Returns when ``units`` are at least as many as one expected batch of the contract, q·units.
+    """Returns when ``units`` are at least one expected batch of the contract, q·units, and at most its public ``units``.
 
     Raises:
-        RecordsError: they are fewer.
+        RecordsError: they are fewer; or more, which the message says without their number: δ ≤ 1/(10 · all units) rests on
+            the contract's figure being an upper bound.
     """
+    if len(units) > privacy.units:
+        raise RecordsError(
+            f"the records do not fit the contract: it is for at most {privacy.units} privacy units per silo",
+            hint="agree on a larger `units` figure in a new version of the contract",
+            code="too-many-units",
+            expected=privacy.units,
+        )
     batch = math.ceil(privacy.sampling_rate * privacy.units)
     if len(units) < batch:
         raise RecordsError(

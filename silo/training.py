@@ -9,6 +9,7 @@ not a loss, not a norm. Not promised: that the time a step takes is independent 
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,9 @@ from privacy.update_rule import State
 from silo import classifier, membership, records, tokens
 from silo.classifier import Classifier
 from silo.config import Compute, Config
-from silo.gradients import PhysicalBatch, RowsFor, Tape, check_invariance, pack, unit_gradients
+from silo.gradients import PhysicalBatch, RowsFor, Tape, as_batch, bucket, pack, unit_gradients
 from silo.home import Home
+from silo.invariance import check_invariance, probe
 from silo.sampling import Words, poisson
 from silo.tokens import EncodedUnit
 
@@ -53,20 +55,22 @@ class Contribution:
     Args:
         terms: the contract.
         model: the classifier of these terms.
-        units: this silo's encoded units, at least one.
-        rows_tokens: tokens in one physical batch; changes memory and speed, and no unit's integers.
+        units: this silo's encoded units.
+        rows_tokens: tokens in one physical batch: memory and speed. Another value may change the last bits of any unit's integers
+            (other shapes, other kernels); within a run it is a constant of the machine.
         randomness: gives a fresh source for every attempt's sample.
 
     Formal guarantees:
         - *Fresh Poisson sample*: every call draws its own sample with its own source (silo.sampling.poisson), never cut.
         - *Bounded*: each sampled unit adds a vector of L2 norm at most 2^p, proved on integers (privacy.lattice.to_lattice).
-        - *Its own*: the vector of a unit is the same bits in whatever sample it falls. Checked on this machine at the start;
-          where the slot in a batch matters, units are computed one at a time.
+        - *Its own*: the vector of a unit is the same bits in whatever sample it falls. Tested on this machine at the start
+          (silo.invariance); where the slot in a batch matters, units are computed one at a time.
+        - *Public layout*: what is tested at the start, and the layout that follows from it, depend on no unit.
         - *Clamped*: the sum is clamped to the contract's ±Q, and nothing else happens to it.
         - *Empty sample*: zeros, by the same path.
 
     Raises:
-        PrivacyRefusal: batch-mates change a unit's gradient: the model mixes examples.
+        PrivacyRefusal: batch-mates or earlier batches change a unit's gradient.
         MachineError: the model does not respond to its own R.
     """
 
@@ -84,12 +88,12 @@ class Contribution:
         self._units = tuple(units)
         self._randomness = randomness
         self._tape = Tape(model.dimension)
-        self._rows_for = rows_for(rows_tokens, terms.privacy.max_records_per_unit)
-        probes = _probes(self._units)
-        check_responds(model, next(pack(probes[:1], self._rows_for, max_length=terms.task.max_length)))
-        self._together = check_invariance(model, probes, self._rows_for, max_length=terms.task.max_length)
+        most, longest = terms.privacy.max_records_per_unit, terms.task.max_length
+        self._rows_for = rows_for(rows_tokens, most)
+        check_responds(model, longest)
+        self._together = check_invariance(model, self._rows_for, max_length=longest, most=most)
         if not self._together:
-            self._rows_for = rows_for(1, terms.privacy.max_records_per_unit)
+            self._rows_for = rows_for(1, most)
 
     def __call__(self, state: State) -> NDArray[np.int64]:
         """The clamped noiseless sum ``(d,)`` int64 of one step at ``state``.
@@ -152,7 +156,7 @@ def build(home: Home, config: Config, terms: Contract, *, randomness: Callable[[
 
 
 def resolve(compute: Compute) -> tuple[torch.device, Precision]:
-    """The device and precision to use, and torch set up for them: its threads, and deterministic kernels on CUDA.
+    """The device and precision to use, and torch set up for them: its threads, and on CUDA deterministic kernels or an error.
 
     ``auto`` takes CUDA where there is one, and bfloat16 where the hardware multiplies it natively.
 
@@ -165,7 +169,9 @@ def resolve(compute: Compute) -> tuple[torch.device, Precision]:
         raise MachineError("[compute] device is cuda, torch finds no CUDA device", hint='set device = "auto"', code="no-device")
     device = torch.device("cuda" if found and compute.device != "cpu" else "cpu")
     if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # cuBLAS reads it when it is first used, and without it its sums differ from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if compute.precision != "auto":
         return device, compute.precision
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else native_bfloat16(_cpu_flags())
@@ -182,24 +188,26 @@ def rows_for(rows_tokens: int, fewest: int) -> RowsFor:
     return lambda length: max(fewest, rows_tokens // length)
 
 
-def check_responds(model: Classifier, batch: PhysicalBatch) -> None:
-    """Return if every R of ``model`` changes its output and has a gradient. The model's state is put back.
+def check_responds(model: Classifier, max_length: int) -> None:
+    """Return if every R of ``model`` changes its output on a public record, and has a gradient. The model's state is put back.
 
     An adapter whose hooks hold stale parameters trains on, spends budget, and never changes the model (opacus #820).
 
     Raises:
         MachineError: R, or one of the matrices, does nothing.
     """
+    length = bucket(min(16, max_length), max_length)
+    batch = as_batch([probe(model, [length], seed=0)], length, 1)
     before = model.read()
-    probe = 0.05 * np.random.Generator(np.random.PCG64(1)).standard_normal(model.dimension)
+    nudged = 0.05 * np.random.Generator(np.random.PCG64(1)).standard_normal(model.dimension)
     matrices = [layer.R.numel() for layer in model.adapter]
-    without = probe.copy()
+    without = nudged.copy()
     without[: sum(matrices)] = 0.0
     try:
         model.write(without)
         with torch.no_grad():
             logits = model(batch.to(model.device))
-        model.write(probe)
+        model.write(nudged)
         with torch.no_grad():
             moved = not torch.equal(model(batch.to(model.device)), logits)
         blocks = torch.split(
@@ -214,12 +222,6 @@ def check_responds(model: Classifier, batch: PhysicalBatch) -> None:
             hint="training would spend budget and learn nothing; check adapter.modules",
             code="not-moved",
         )
-
-
-def _probes(units: Sequence[EncodedUnit]) -> list[EncodedUnit]:
-    """Units for the start-up test: the shortest and the longest."""
-    by_length = sorted(units, key=lambda unit: max(len(input_ids) for input_ids, _, _ in unit.rows))
-    return [by_length[0]] if len(by_length) == 1 else [by_length[0], by_length[-1]]
 
 
 def _cpu_flags() -> str:

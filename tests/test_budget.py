@@ -264,6 +264,8 @@ def test_a_plan_interrupted_by_another_contract_stops_at_the_limit(ledger, path)
 
 def test_the_order_of_the_filter_follows_from_the_limits_alone():
     assert LIMITS.filter_order == Limits(epsilon=3.0, delta=DELTA).filter_order
+    stricter = Limits(epsilon=3.0, delta=DELTA / 1000, filter_delta=DELTA)
+    assert stricter.filter_order == LIMITS.filter_order != Limits(epsilon=3.0, delta=DELTA / 1000).filter_order
     orders = [Limits(epsilon=epsilon, delta=DELTA).filter_order for epsilon in (0.1, 0.5, 1.0, 3.0, 8.0)]
     assert orders == sorted(orders, reverse=True)
     room = {order: (3.0 - accounting.conversion(order, DELTA)) / order for order in accounting.INTEGER_ORDERS}

@@ -134,6 +134,29 @@ def test_routed_experts_are_refused_by_config() -> None:
         assemble(made, terms(MODULES["llama"]))
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "factor": 2.0},
+        {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "dynamic", "factor": 2.0}},
+    ],
+)
+def test_rotary_embeddings_that_follow_the_longest_batch_are_refused_by_name(rope: dict) -> None:
+    made = encoder("llama")
+    made.config.rope_parameters = rope
+    with pytest.raises(ConfigError, match=r"rope_type is (dynamic|longrope)") as caught:
+        assemble(made, terms(MODULES["llama"]))
+    assert caught.value.code == "carries-state"
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_fixed_rotary_embeddings_are_accepted(kind: str) -> None:
+    made = encoder("llama")
+    made.config.rope_parameters = {"rope_type": kind, "factor": 2.0}
+    assert assemble(made, terms(MODULES["llama"])).dimension > 0
+
+
 def test_build_reads_a_local_folder_and_computes_what_the_encoder_computes(tmp_path: Path) -> None:
     made = encoder("bert")
     made.save_pretrained(tmp_path)

@@ -218,6 +218,28 @@ def test_records_that_cannot_be_used_are_3_before_anything_is_signed(terminal, j
     assert not list((joinable / "contract").iterdir())
 
 
+def test_more_units_than_the_contract_is_for_are_3_and_their_number_is_not_said(terminal, joinable):
+    sessions.write_rows(joinable / "records.jsonl", sessions.rows(57))
+    session = terminal("silo join", "--yes", "--home", joinable, "--json")
+    refused(session, 3, "too-many-units", "at most 40", "larger `units`")
+    assert "57" not in session.out + session.err
+    assert not list((joinable / "contract").iterdir())
+
+
+def test_a_silos_figures_are_in_the_smaller_delta_of_limit_and_contract(terminal, joinable):
+    """The contract's is 1e-5; with a larger limit the ledger's figure must be the report's all the same."""
+    assert terminal("silo join", "--yes", "--home", joinable).code == 0
+    figures = []
+    for limit in ("1e-05", "0.001"):
+        if limit != "1e-05":
+            change(joinable, "delta = 1e-05", f"delta = {limit}")
+        stated = terminal("silo status", "--home", joinable, "--json").document
+        spent = terminal("silo budget", "--forecast", 3, "--home", joinable, "--json").document
+        assert stated["delta"] == spent["delta"] == 1e-5
+        figures.append(spent["forecast"])
+    assert figures[0] == figures[1]
+
+
 def test_a_missing_or_other_base_model_is_3(terminal, joinable, tmp_path, model):
     text = (joinable / "silo.toml").read_text()
     (joinable / "silo.toml").write_text(text.replace(str(model), str(tmp_path / "gone")))
@@ -253,6 +275,9 @@ def test_simulate_refuses_bad_data_and_a_folder_in_use(terminal, tmp_path, model
     refused(terminal("aggregator simulate", "--data", tmp_path / "gone.jsonl", "--home", new, *common), 3)
     refused(terminal("aggregator simulate", "--data", data, "--silo-column", "hospital", "--home", new, *common), 3)
     refused(terminal("aggregator simulate", "--data", data, "--mode", "central", "--home", new, *common), 3, "mode")
+    capped = ("--max-records-per-unit", 4, "--home", new)
+    refused(terminal("aggregator simulate", "--data", data, *capped, *common), 3, "no-unit", "--unit")
+    refused(terminal("aggregator simulate", "--data", data, "--delta", 1e-4, "--home", new, *common), 5, None, "1e-05")
     data.write_text("")
     refused(terminal("aggregator simulate", "--data", data, "--home", new, *common), 3)
     data.write_text('{"text": "fever"}\n' * 30)

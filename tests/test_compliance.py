@@ -219,5 +219,39 @@ def test_sizes_in_print(count, text):
     assert wording.size(count) == text
 
 
+SIMULATED = {"simulated": True}
+REAL_ONLY = (
+    "that the members agreed on, not a count", "were chosen without looking at the records", "no other work on the records spends",
+    "fingerprints were compared by people",
+)
+
+
+def test_a_simulation_is_called_one_and_says_nothing_that_only_a_real_federation_can():
+    plain = msgspec.json.encode(small()).decode()
+    for said in (None, False, "yes"):
+        assert msgspec.json.encode(make(contract(rounds=4), run(3), extra={"simulated": said})).decode().count("simulation") == 0
+    text = msgspec.json.encode(make(contract(rounds=4), run(3), extra=SIMULATED)).decode()
+    for words in REAL_ONLY:
+        assert words in plain
+        assert words not in text
+    assert "took the figure for units from them" in text
+    assert "trained 3 more models on the same records, which no ledger charges" in text
+    assert "would have to charge" in text
+    assert "simulation" not in plain
+
+
+def test_the_simulations_words_name_as_many_heads_as_are_trained():
+    from silo import evaluation
+
+    assert len(evaluation.HEAD_RATES) == wording.HEAD_MODELS
+
+
+def test_an_upload_to_a_round_that_is_still_open_is_charged():
+    report = make(contract(rounds=4), run(2), still_open=(1, 3))
+    assert [silo.spent.steps for silo in report.silos] == [3, 2, 3]
+    assert report.accounting.spent.epsilon == certified(contract(rounds=4).terms, shares=2, steps=3).epsilon
+    assert any("still open" in line for line in report.composition)
+
+
 def test_schema_name_is_fixed():
     assert compliance.SCHEMA == sample().format == "siloquy-report/1"

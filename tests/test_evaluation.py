@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -134,6 +135,57 @@ def test_an_empty_choice_has_no_gradients(world):
     root, _, bench = world
     pooled = evaluation.pool_features(bench, evaluation._training_units(bench, root / "one.jsonl", 0))
     assert evaluation.head_gradients(pooled, torch.zeros(2, 16), torch.zeros(2), []).shape == (0, 34)
+
+
+def keyed(start):
+    """Fresh, replayable randomness for each call."""
+    keys = iter(range(start, start + 10_000))
+    return lambda: Randomness.from_key(next(keys).to_bytes(32, "big"))
+
+
+def one_step(terms, pooled, randomness):
+    """The lattice sum that one step of the head applied, taken back out of the state after it; and the plan."""
+    sgd = msgspec.structs.replace(terms.training, optimizer="sgd", momentum=0.0, learning_rate=1.0, warmup_rounds=0, decay_rounds=0)
+    terms = msgspec.structs.replace(evaluation._head_terms(terms, 1.0), training=sgd)
+    plan = federation.ring_plan(terms)
+    state = evaluation._head_step(terms, pooled, update_rule.initial(terms), randomness)
+    return -state.theta * terms.divisor * 2**plan.lattice_bits / terms.privacy.max_grad_norm, plan
+
+
+def test_every_coordinate_of_a_head_step_has_the_noise_of_the_guarantee(world):
+    """σ·C against insiders: h = 2 of 3 shares, on a pool without units, so that nothing else is in the sum."""
+    _, terms, _ = world
+    nobody = evaluation.Pooled(
+        features=torch.zeros(0, 16), labels=torch.zeros(0, dtype=torch.int64), owner=torch.zeros(0, dtype=torch.int64), count=0
+    )
+    randomness = keyed(1)
+    found, plans = zip(*(one_step(terms, nobody, randomness) for _ in range(120)), strict=True)
+    values, wanted = np.concatenate(found), 2 * plans[0].share_variance
+    assert values.size == 120 * 34
+    assert wanted >= (terms.privacy.noise_multiplier * 2 ** plans[0].lattice_bits) ** 2
+    assert abs(values.mean()) < 5 * np.sqrt(wanted / values.size)
+    assert abs(values.var() / wanted - 1) < 5 * np.sqrt(2 / values.size)
+
+
+def test_a_head_step_takes_each_unit_with_the_contracts_rate(world):
+    """Every unit moves the bias by the same known amount, so the sum says how many were drawn, up to the noise."""
+    _, terms, _ = world
+    terms = msgspec.structs.replace(terms, privacy=msgspec.structs.replace(terms.privacy, sampling_rate=0.25))
+    count, rate = 4000, 0.25
+    everybody = evaluation.Pooled(
+        features=torch.zeros(count, 16), labels=torch.zeros(count, dtype=torch.int64), owner=torch.arange(count), count=count
+    )
+    weight, bias = torch.zeros(2, 16), torch.zeros(2)
+    assert evaluation.head_gradients(everybody, weight, bias, [7])[0, -2:].tolist() == [-0.5, 0.5]
+    randomness = keyed(50_000)
+    drawn = []
+    for _ in range(12):
+        total, plan = one_step(terms, everybody, randomness)
+        # Clipped to C = 0.5 the pair (−½, ½) has length C: each side is C/√2.
+        drawn.append((total[-1] - total[-2]) / (2 * 2**plan.lattice_bits / np.sqrt(2)))
+    spread = np.sqrt(count * rate * (1 - rate))
+    assert abs(np.mean(drawn) - count * rate) < 5 * spread / np.sqrt(12)
+    assert 0.4 * spread < np.std(drawn) < 2 * spread
 
 
 def test_build_makes_a_contribution_from_a_silos_own_files(world, tmp_path):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Durable writes: whole or not at all, also on a disk that is really full and in a process that is really killed."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ def test_write_once_finds_the_same_bytes_and_refuses_others(tmp_path: Path) -> N
     with pytest.raises(Equivocation, match="promise"):
         files.write_once(path, b"two")
     assert path.read_bytes() == b"one"
-    assert os.listdir(tmp_path) == ["promise"]
+    assert [each.name for each in tmp_path.iterdir()] == ["promise"]
 
 
 def test_write_atomic_replaces_and_sets_the_mode(tmp_path: Path) -> None:
@@ -55,7 +54,7 @@ def test_a_write_the_disk_refuses_leaves_the_old_content_whole(tmp_path: Path, h
     done = subprocess.run([sys.executable, "-c", FULL, how, str(path)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "cannot-write", done.stderr
     assert not path.exists() if how == "once" else path.read_bytes() == b"old\n"
-    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+    assert [each for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
 
 def test_append_line_adds_whole_lines(tmp_path: Path) -> None:
@@ -93,7 +92,10 @@ def test_a_process_killed_while_writing_leaves_one_whole_version(tmp_path: Path)
 
 def test_the_lock_is_exclusive_between_processes_and_freed_by_death(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    code = "import sys,time; from pathlib import Path; from privacy import files\nwith files.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys,time; from pathlib import Path; from privacy import files\n"
+        "with files.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"

@@ -102,7 +102,8 @@ def test_help_is_fast_and_loads_nothing_heavy(command: str) -> None:
     code = (
         f"import sys; sys.argv=['{command}','-h']; from cli.{command} import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch','scipy','dp_accounting','sqlalchemy','transformers','numpy','starlette'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
+        "heavy = {'torch','scipy','dp_accounting','sqlalchemy','transformers','numpy','starlette'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy}' if heavy else 0)"
     )
     times = []
     for _ in range(5):

@@ -10,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from privacy.errors import ConfigError, PrivacyRefusal
+from privacy.errors import PrivacyRefusal
 from privacy.lattice import sum_lattice, to_lattice
 from silo.classifier import Classifier, assemble
-from silo.gradients import PhysicalBatch, check_invariance
+from silo.gradients import PhysicalBatch
+from silo.invariance import check_invariance, probe
 from silo.tokens import EncodedUnit
-from tests.tiny_models import MAX_LENGTH, MODULES, classifier, encoder, gradients, terms, unit
+from tests.tiny_models import MAX_LENGTH, MODULES, SIZES, classifier, encoder, gradients, terms, unit
 
 BITS = 14
 KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -63,21 +66,29 @@ def test_any_order_and_grouping_of_units_gives_the_same_integers(kind: str, orde
     assert torch.equal(parts, integer_sum(MODELS[kind], units))
 
 
-PROBES = [unit(1, [5]), unit(2, [11, 3]), unit(3, [20]), unit(4, [8])]
+def check(model: Classifier, rows: int = 6, most: int = 2) -> bool:
+    return check_invariance(model, lambda _: rows, max_length=MAX_LENGTH, most=most)
 
 
 @KINDS
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_honest_models_pass_and_get_their_state_back(kind: str, precision: str) -> None:
-    model = classifier(kind, precision=precision)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+def test_honest_models_pass_in_float32_and_get_their_state_back(kind: str, rows: int) -> None:
+    model = classifier(kind)
     before = model.read()
-    check_invariance(model, PROBES, lambda _: 4, max_length=MAX_LENGTH)
+    assert check(model, rows, most=min(rows, 3))
     assert (model.read() == before).all()
 
 
 @KINDS
-def test_slots_do_not_matter_in_float32(kind: str) -> None:
-    assert check_invariance(classifier(kind), PROBES, lambda _: 4, max_length=MAX_LENGTH)
+def test_in_bfloat16_a_pass_means_what_it_says(kind: str) -> None:
+    """Whether the slot matters is the machine's business; where the test says no, every unit has its bits in every order."""
+    model = classifier(kind, precision="bfloat16")
+    before = model.read()
+    together = check(model, rows=4)
+    assert (model.read() == before).all()
+    units = [unit(seed, [20 + seed]) for seed in range(4)]
+    forth, back = gradients(model, units), gradients(model, units[::-1]).flip(0)
+    assert torch.equal(forth, back) or not together
 
 
 class BatchMean(nn.Module):
@@ -102,24 +113,64 @@ class SlotWeighted(Classifier):
         return super().row_losses(batch) * (1 + 1e-6 * torch.arange(len(batch.labels)))
 
 
+class SlotWeightedAt24(Classifier):
+    """The same in one bucket only, in the middle."""
+
+    def row_losses(self, batch: PhysicalBatch) -> torch.Tensor:
+        step = 1e-6 if batch.input_ids.shape[1] == 24 else 0.0
+        return super().row_losses(batch) * (1 + step * torch.arange(len(batch.labels)))
+
+
+class LongestSoFar(nn.Module):
+    """Memory of the longest batch since the last of 8 tokens, as a dynamic rope has it, kept where no buffer shows it."""
+
+    longest = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.longest = max(self.longest, x.shape[1]) if x.shape[1] > 8 else 0
+        return x * (1 + 1e-3 * self.longest)
+
+
+class Counts(nn.Module):
+    """A buffer that moves and, so far, changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return x
+
+
 def dressed(kind: type[Classifier]) -> Classifier:
     model = classifier("bert")
     model.__class__ = kind
     return model
 
 
-def mixing() -> Classifier:
+def followed_by(module: nn.Module) -> Classifier:
     model = classifier("bert")
-    model.encoder.embeddings.LayerNorm = nn.Sequential(model.encoder.embeddings.LayerNorm, BatchMean())
+    model.encoder.embeddings.LayerNorm = nn.Sequential(model.encoder.embeddings.LayerNorm, module)
     return model
 
 
-@pytest.mark.parametrize("make", [mixing, lambda: dressed(TokenMean)])
-def test_models_that_mix_examples_are_refused_and_get_their_state_back(make) -> None:
+def dynamic_rope() -> Classifier:
+    """Its rotary embedding is stretched by the longest batch so far; put in where no name in the configuration tells."""
+    model = classifier("llama")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=12, rope_parameters=rope)
+    model.encoder.rotary_emb = LlamaRotaryEmbedding(config)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: followed_by(BatchMean()), lambda: dressed(TokenMean)])
+@pytest.mark.parametrize("rows", [2, 4, 6])
+def test_models_that_mix_examples_are_refused_and_get_their_state_back(make, rows: int) -> None:
     model = make()
     before = model.read()
     with pytest.raises(PrivacyRefusal, match="batch-mates"):
-        check_invariance(model, PROBES, lambda _: 4, max_length=MAX_LENGTH)
+        check(model, rows)
     assert (model.read() == before).all()
 
 
@@ -132,21 +183,58 @@ def test_token_mean_breaks_the_sensitivity_that_the_refusal_protects() -> None:
     assert not torch.equal(together, to_lattice(alone, max_grad_norm=5.0, lattice_bits=BITS)[0])
 
 
-def test_models_where_only_the_slot_matters_ask_for_one_unit_per_batch() -> None:
-    assert check_invariance(dressed(SlotWeighted), PROBES, lambda _: 4, max_length=MAX_LENGTH) is False
+@pytest.mark.parametrize("kind", [SlotWeighted, SlotWeightedAt24])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_models_where_only_the_slot_matters_ask_for_one_unit_per_batch(kind: type[Classifier], rows: int) -> None:
+    assert check(dressed(kind), rows) is False
 
 
-def test_the_test_covers_units_that_fill_their_batch() -> None:
-    assert check_invariance(classifier("bert"), [unit(1, [5, 6, 7, 8])], lambda _: 4, max_length=MAX_LENGTH)
+def test_every_shape_is_run_at_its_own_number_of_rows() -> None:
+    model, shapes = classifier("bert"), set()
+    model.encoder.register_forward_pre_hook(lambda _, args, kwargs: shapes.add(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    assert check_invariance(model, lambda length: max(2, 100 // length), max_length=MAX_LENGTH, most=2)
+    assert shapes == {(12, 8), (6, 16), (4, 24), (3, 32), (2, 40)}
 
 
-def test_the_test_needs_a_unit() -> None:
-    with pytest.raises(ConfigError, match="no unit"):
-        check_invariance(classifier("bert"), [], lambda _: 4, max_length=MAX_LENGTH)
+@pytest.mark.parametrize("make", [dynamic_rope, lambda: followed_by(Counts())])
+def test_a_buffer_that_a_batch_changes_is_refused(make) -> None:
+    with pytest.raises(PrivacyRefusal, match=r"changed \d buffers") as caught:
+        check(make())
+    assert caught.value.code == "carries-state"
+
+
+def test_memory_without_a_buffer_is_refused_too() -> None:
+    with pytest.raises(PrivacyRefusal, match="after longer ones") as caught:
+        check(followed_by(LongestSoFar()))
+    assert caught.value.code == "carries-state"
+
+
+def test_the_dynamic_rope_that_is_refused_moves_other_units() -> None:
+    """The negative control of the refusal: one long unit in an earlier batch moves the others' integers."""
+    model, units = dynamic_rope(), [unit(seed, [20]) for seed in range(4)]
+    fresh = integer_sum(model, units)
+    integer_sum(model, [unit(99, [MAX_LENGTH])])
+    assert not torch.equal(integer_sum(model, units), fresh)
+
+
+@pytest.mark.parametrize("types", [0, 1, 2])
+def test_probes_are_public_and_fit_the_model(types: int) -> None:
+    model = classifier("bert" if types else "llama")
+    model.encoder.config.type_vocab_size = types
+    model.encoder.config.vocab_size = 7
+    found = probe(model, [30, 2], seed=3)
+    assert found == probe(model, [30, 2], seed=3) != probe(model, [30, 2], seed=4)
+    assert [len(ids) for ids, _, _ in found.rows] == [30, 2]
+    assert {token for ids, _, _ in found.rows for token in ids} == set(range(7))
+    assert {kind for _, kinds, _ in found.rows for kind in kinds or ()} == set(range(types))
+    assert found.rows[0][2] in range(3)
 
 
 def test_full_batches_and_padded_ones_take_one_attention_path() -> None:
     """transformers leaves the mask out when no row is padded; in bfloat16 a padded batch-mate then changed a unit's bits."""
     model = assemble(encoder("bert"), terms(MODULES["bert"]), precision="bfloat16")
-    full = [unit(i, [16]) for i in range(4)]
-    assert check_invariance(model, full, lambda _: 4, max_length=16)
+    masks = set()
+    attention = model.encoder.encoder.layer[0]
+    attention.register_forward_pre_hook(lambda _, args, kwargs: masks.add((*args, *kwargs.values())[1] is None), with_kwargs=True)
+    check_invariance(model, lambda _: 4, max_length=16, most=1)
+    assert masks == {False}

@@ -122,9 +122,15 @@ def silo(tmp_path):
     root = tmp_path / "north"
     (tmp_path / "records.jsonl").write_text('{"text": "a", "label": "no"}\n')
     options = {
-        "name": "north", "organisation": "North", "url": "http://127.0.0.1:1", "fingerprint": "", "records": tmp_path / "records.jsonl",
-        "epsilon": 100.0, "delta": 1e-5, "model": "",
-    }  # fmt: skip
+        "name": "north",
+        "organisation": "North",
+        "url": "http://127.0.0.1:1",
+        "fingerprint": "",
+        "records": tmp_path / "records.jsonl",
+        "epsilon": 100.0,
+        "delta": 1e-5,
+        "model": "",
+    }
     commands.create(root, **options)
     return root, options
 

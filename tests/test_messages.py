@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder accepts exactly what the encoder writes."""
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -10,9 +12,18 @@ from privacy import messages
 from privacy.errors import TrustError
 
 MANIFEST = messages.Manifest(
-    epoch_ctx=b"e" * 32, epoch=1, round=7, previous=b"p" * 32, base_state=b"s" * 32, dimension=12, ring_bits=32, lattice_bits=20, clamp=99,
-    opened_at=1, deadline_at=2,
-)  # fmt: skip
+    epoch_ctx=b"e" * 32,
+    epoch=1,
+    round=7,
+    previous=b"p" * 32,
+    base_state=b"s" * 32,
+    dimension=12,
+    ring_bits=32,
+    lattice_bits=20,
+    clamp=99,
+    opened_at=1,
+    deadline_at=2,
+)
 
 
 def test_what_is_encoded_is_decoded() -> None:
@@ -34,10 +45,8 @@ def test_a_flipped_byte_is_refused_or_says_something_else(position: int, flip: i
 @given(st.binary(max_size=200))
 def test_noise_never_raises_anything_but_trust_errors(data: bytes) -> None:
     for kind in (messages.Manifest, messages.Signed, messages.Upload, messages.Freeze, messages.Outcome):
-        try:
-            messages.decode(data, kind)
-        except TrustError as error:
-            assert error.code == "malformed"
+        with contextlib.suppress(TrustError):
+            assert messages.encode(messages.decode(data, kind)) == data
 
 
 def test_trailing_bytes_wide_integers_and_long_arrays_are_refused() -> None:

@@ -231,3 +231,15 @@ def test_fewer_units_than_a_batch_are_refused() -> None:
     with pytest.raises(RecordsError, match=r"10 privacy units.*expects 11") as caught:
         check_enough(units[:10], terms(units=101, sampling_rate=0.1))
     assert caught.value.exit_code == 3
+
+
+def test_more_units_than_the_contract_is_for_are_refused_and_not_counted_aloud() -> None:
+    """δ ≤ 1/(10 · all units) rests on the contract's figure being an upper bound."""
+    units = [Unit(id=str(n), records=()) for n in range(4321)]
+    check_enough(units, terms(units=4321))
+    with pytest.raises(RecordsError, match="do not fit the contract") as caught:
+        check_enough(units, terms(units=4320))
+    said = caught.value.message + (caught.value.hint or "") + str(caught.value.facts)
+    assert "4321" not in said
+    assert "larger `units`" in (caught.value.hint or "")
+    assert caught.value.exit_code == 3

@@ -164,7 +164,15 @@ def test_a_void_outcome_holds_no_sum_and_leaves_the_state(federation):
     state = update_rule.initial(federation.accepted.terms)
     made = rounds.void(opened, state, rounds.ABSENT)
     assert made == Outcome(
-        round_ctx=opened.ctx, round=1, kind="void", reason="absent", frozen=b"", total=b"", seeds=(), vectors=(), next_state=state.digest
+        round_ctx=opened.ctx,
+        round=1,
+        kind="void",
+        reason="absent",
+        frozen=b"",
+        total=b"",
+        seeds=(),
+        vectors=(),
+        next_state=state.digest,
     )
     assert rounds.settle(state, made, federation.accepted.terms) is state
     with pytest.raises(TrustError):

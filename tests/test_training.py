@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
-from privacy import ring, update_rule
+from privacy import base_model, ring, update_rule
 from privacy.errors import ConfigError, MachineError
-from privacy.federation import ring_plan
+from privacy.federation import parse, ring_plan
 from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import config, training
-from silo.gradients import pack
+from silo.classifier import assemble
 from silo.home import Home
 from silo.training import Contribution
 from tests import tiny_models
+from tests.sessions import rows, tiny_model, write_rows
+from tests.terms import contract_bytes
 
 
 class Fixed:
@@ -94,11 +98,50 @@ def test_empty_sample_gives_zeros(terms, units):
 
 
 @pytest.mark.parametrize("rows_tokens", [1, 40, 4096])
-def test_the_size_of_physical_batches_changes_nothing(terms, units, rows_tokens):
+def test_the_size_of_physical_batches_changes_last_bits_at_most(terms, units, rows_tokens):
     state, chosen = at(terms.dimension), {0, 3, 5, 8}
     found = contribution(terms, units, chosen, rows_tokens)(state)
     reference = contribution(terms, units, chosen)(state)
     assert int(np.abs(found - reference).max()) <= 64  # other shapes, other kernels: the last bits of float32
+
+
+def test_fresh_poisson_sample_is_never_cut(terms):
+    many = [tiny_models.unit(seed, [2]) for seed in range(1000)]
+    contribute = contribution(terms, many, set(range(1000)), rows_tokens=1024)
+    whole = contribute(at(terms.dimension))
+    alone = contribution(terms, many, rows_tokens=1024)
+    alone.model.write(at(terms.dimension).theta)
+    assert np.array_equal(whole, sum(alone.sum(many[start : start + 50]) for start in range(0, 1000, 50)))
+
+
+def seen_while_starting(terms, units):
+    model, seen = tiny_models.classifier("bert"), []
+    model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append({name: each.tolist() for name, each in kwargs.items()}), with_kwargs=True
+    )
+    Contribution(terms, model, units, rows_tokens=160, randomness=lambda: Fixed(()))
+    return seen
+
+
+def test_public_layout_no_unit_is_looked_at_while_starting(terms, units):
+    seen = seen_while_starting(terms, units)
+    assert seen
+    assert seen == seen_while_starting(terms, units[:1]) == seen_while_starting(terms, [])
+
+
+def test_its_own_in_a_length_between_the_shortest_and_the_longest():
+    """In bfloat16 this shape has slots that matter in the bucket of 32 alone, on machines that multiply bfloat16 natively."""
+    modules = [name for name in tiny_models.MODULES["bert"] if "layer.0" in name]
+    wide = tiny_models.terms(modules, hidden=96, rank=5, max_length=48)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 60, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 4}
+        encoder = BertModel(BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.05))
+    model = assemble(encoder, wide, precision="bfloat16")
+    contribute = Contribution(wide, model, [], rows_tokens=1024, randomness=lambda: Fixed(()))
+    model.write(tiny_models.state(wide.dimension, scale=0.05))
+    rest, one = [tiny_models.unit(seed, [31]) for seed in range(40)], tiny_models.unit(400, [31])
+    assert np.array_equal(contribute.sum([one, *rest]) - contribute.sum(rest), contribute.sum([one]))
 
 
 def test_where_the_slot_matters_units_go_one_by_one(terms, units, monkeypatch):
@@ -106,6 +149,7 @@ def test_where_the_slot_matters_units_go_one_by_one(terms, units, monkeypatch):
     contribute = contribution(terms, units, {0, 1, 8})
     batches = list(contribute._batches(contribute._units[:3]))
     assert [int(batch.unit.max()) for batch in batches] == [0, 0, 0]
+    assert [len(batch.labels) for batch in batches] == [terms.privacy.max_records_per_unit] * 3
     assert contribute(at(terms.dimension)).any()
 
 
@@ -122,22 +166,22 @@ def test_a_model_that_does_not_hold_its_state_is_stopped(terms, units, monkeypat
         contribute(at(terms.dimension, 9))
 
 
-def test_an_adapter_that_does_nothing_is_found(units):
+def test_an_adapter_that_does_nothing_is_found():
     model = tiny_models.classifier("bert")
-    batch = next(pack(units[:1], lambda _: 4, max_length=tiny_models.MAX_LENGTH))
-    training.check_responds(model, batch)
+    training.check_responds(model, tiny_models.MAX_LENGTH)
     before = model.read()
     layer = next(iter(model.adapter))
     layer.A.zero_()
     with pytest.raises(MachineError, match="1 of"):
-        training.check_responds(model, batch)
+        training.check_responds(model, tiny_models.MAX_LENGTH)
     assert np.array_equal(model.read(), before)
 
 
 def test_nothing_about_the_records_is_logged(terms, units, caplog, capfd):
     with caplog.at_level(logging.DEBUG):
+        logging.getLogger("silo.training").debug("heard")
         contribution(terms, units, {0, 1, 2})(at(terms.dimension))
-    assert not [r for r in caplog.records if r.name.startswith(("silo", "privacy"))]
+    assert [r.getMessage() for r in caplog.records] == ["heard"]  # of any logger, the root among them
     assert capfd.readouterr() == ("", "")
 
 
@@ -190,3 +234,41 @@ def test_build_refuses_another_base_model(tmp_path, terms):
     )
     with pytest.raises(ConfigError, match="the contract says"):
         training.build(Home.create(tmp_path), config.load(tmp_path / "silo.toml"), terms)
+
+
+def test_build_draws_every_sample_from_the_operating_system(tmp_path):
+    folder = tiny_model(tmp_path / "model")
+    raw = contract_bytes(
+        model={"name": str(folder), "digest": base_model.digest(folder), "hidden_size": 16},
+        adapter={"rank": 3, "modules": tiny_models.MODULES["bert"]},
+        privacy={"lattice_bits": 14, "units": 80},
+    )
+    terms = parse(raw).terms
+    write_rows(tmp_path / "r.jsonl", rows(80))
+    config.write_commented(
+        tmp_path / "silo.toml", name="n", organisation="N", url="https://x", fingerprint="", records="r.jsonl", epsilon=1,
+        delta=1e-6, compute=config.Compute(device="cpu", precision="float32"),
+    )  # fmt: skip
+    home, settings = Home.create(tmp_path / "home"), config.load(tmp_path / "silo.toml")
+    first, second = (training.build(home, settings, terms) for _ in range(2))
+    state = at(terms.dimension)
+    assert len({first(state).tobytes(), first(state).tobytes(), second(state).tobytes(), second(state).tobytes()}) == 4
+    assert first._randomness == second._randomness == Randomness.from_os
+
+
+def test_cuda_gets_deterministic_kernels_or_an_error(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    threads = torch.get_num_threads()
+    try:
+        device, _ = training.resolve(config.Compute(device="cuda", precision="float32"))
+        assert device.type == "cuda"
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        training.resolve(config.Compute(device="cuda", precision="float32"))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
