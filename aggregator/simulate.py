@@ -257,8 +257,13 @@ def _enrol(settings: Settings, dealt: _Dealt, delta: float, aggregator: Path, ru
         _init_silo(settings, running, home / name, url, str(made["fingerprint"]), delta)
         commands.add_member(aggregator, home / name / "identity.pub")
     commands.sign(aggregator)
-    for name in _silo_names(dealt):
-        running.answer(f"join-{name}", "silo", ["join", "--home", home / name, "--yes"])
+    with ThreadPoolExecutor() as pool:  # each is a process of its own
+        joins = [
+            pool.submit(running.answer, f"join-{name}", "silo", ["join", "--home", home / name, "--yes"])
+            for name in _silo_names(dealt)
+        ]
+        for join in joins:
+            join.result()
 
 
 def _init_silo(settings: Settings, running: Children, folder: Path, url: str, fingerprint: str, delta: float) -> None:
@@ -322,7 +327,10 @@ def _evaluate(home: Path, names: Sequence[str], running: Children) -> dict[str, 
     """Before, head alone, after; by ``silo eval`` in a process of its own, which has both cores now."""
     pooled = [word for name in names for word in ("--private-head", str(home / name / "records.jsonl"))]
     return running.answer(
-        "eval", "silo", ["eval", "--home", home / names[0], "--records", home / "held-out.jsonl", *pooled], threads=2
+        "eval",
+        "silo",
+        ["eval", "--home", home / names[0], "--records", home / "held-out.jsonl", "--threads", "2", *pooled],
+        threads=2,
     )
 
 

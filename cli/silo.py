@@ -191,6 +191,7 @@ def evaluate(
     private_head: Annotated[
         list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")
     ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="compute threads; [compute] threads of silo.toml unless given")] = None,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -206,7 +207,7 @@ def evaluate(
     from cli.output import Output
     from silo import commands
 
-    facts = commands.evaluate(home, records, tuple(private_head or ()))
+    facts = commands.evaluate(home, records, tuple(private_head or ()), threads=threads)
     lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
     if facts.get("accuracy_head") is not None:
         tried = f"best of {facts['head_models']} step sizes, each at the same epsilon, charged to no ledger"

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from privacy import keys
 from privacy.accounting import Certificate
 from privacy.budget import Account, Gate, Limits
@@ -279,14 +281,15 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
     }
 
 
-def evaluate(root: Path, records: Path, private_head: Sequence[Path]) -> dict[str, Any]:
+def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
     """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
     from silo import evaluation
 
     home, settings = _opened(root)
     accepted, _ = membership.joined(home, keys.load(home.identity_path), now=datetime.now(UTC))
     progress = load_progress(home, accepted)
-    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=settings.compute)
+    compute = settings.compute if threads is None else msgspec.structs.replace(settings.compute, threads=threads)
+    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute)
     facts: dict[str, Any] = {
         "accuracy_before": evaluation.evaluate(bench, None, records),
         "accuracy_after": evaluation.evaluate(bench, progress.state, records),

@@ -192,9 +192,7 @@ class Home:
         if text is None:
             return None
         if not _DIGEST_LINE.fullmatch(text):
-            raise TrustError(
-                f"the promise {kind}-{number} is damaged", hint="restore the silo from its backup", code="malformed"
-            )
+            raise TrustError(f"the promise {kind}-{number} is damaged", hint="restore the silo from its backup", code="malformed")
         return bytes.fromhex(text.decode().strip())
 
 
@@ -262,9 +260,7 @@ def _digest(facts: dict[str, object], state: State) -> str:
 
 
 def _damaged(why: str) -> TrustError:
-    return TrustError(
-        f"state.safetensors is damaged: {why}", hint="restore the silo from its backup", code="malformed"
-    )
+    return TrustError(f"state.safetensors is damaged: {why}", hint="restore the silo from its backup", code="malformed")
 
 
 def _secret(path: Path) -> bytes:
