@@ -65,8 +65,18 @@ def bar(*, value: float, full: float, mark: float | None = None, key: str, title
 
 
 def line_chart(
-    lines: Sequence[Line], *, limit: float, limit_label: str, now: float | None, x_label: str, y_label: str, key: str, title: str,
-    desc: str, width: int = 720, height: int = 340,
+    lines: Sequence[Line],
+    *,
+    limit: float,
+    limit_label: str,
+    now: float | None,
+    x_label: str,
+    y_label: str,
+    key: str,
+    title: str,
+    desc: str,
+    width: int = 720,
+    height: int = 340,
 ) -> str:
     """Curves against a horizontal limit, both axes from zero, each curve named at its end.
 
@@ -79,7 +89,12 @@ def line_chart(
     ticks_x = _ticks(max((x for line in lines for x, _ in line.points), default=1.0) or 1.0, 8 if width > 500 else 4, whole=True)
     ticks_y = _ticks(max([limit, *(y for line in lines for _, y in line.points)]), 6)
     frame = Frame(
-        left=44, top=30, width=width - 44 - margin, height=height - 30 - 50, x_max=ticks_x.top, y_max=ticks_y.top,
+        left=44,
+        top=30,
+        width=width - 44 - margin,
+        height=height - 30 - 50,
+        x_max=ticks_x.top,
+        y_max=ticks_y.top,
     )
     body = _axes(frame, ticks_x.values, ticks_y.values, x_label, y_label)
     body += f'<path class="line limit" d="{_path([frame.at((0, limit)), frame.at((frame.x_max, limit))])}"/>'
@@ -118,7 +133,8 @@ def rounds_strip(kinds: Sequence[str], *, key: str, title: str, desc: str) -> st
     for position, kind in enumerate(kinds):
         x, y = 2 + 9 * (position % columns), 2 + 24 * (position // columns)
         body += (
-            f'<rect class="result" x="{x}" y="{y}" width="6" height="20"/>' if kind == "result"
+            f'<rect class="result" x="{x}" y="{y}" width="6" height="20"/>'
+            if kind == "result"
             else f'<rect class="void" x="{x + 0.5}" y="{y + 11.5}" width="5" height="8"/>'
         )
     return _picture(4 + 9 * columns, 24 * rows, "strip", key, title, desc, body)
@@ -216,7 +232,7 @@ def _picture(width: int, height: int, kind: str, key: str, title: str, desc: str
 
 
 def _named(key: str) -> str:
-    return f"role=\"img\" aria-labelledby={_quoted(key + '-t')} aria-describedby={_quoted(key + '-d')}"
+    return f'role="img" aria-labelledby={_quoted(key + "-t")} aria-describedby={_quoted(key + "-d")}'
 
 
 def _words(key: str, title: str, desc: str) -> str:

@@ -165,8 +165,16 @@ class Report(Fact, frozen=True, kw_only=True):
 
 
 def facts(
-    accepted: Accepted, *, rounds: Sequence[RoundFacts], upload_bytes: int, lora_bytes: int, state_digest: str, generated_at: int,
-    software: Mapping[str, str], extra: Mapping[str, Scalar] | None = None, still_open: Collection[int] = (),
+    accepted: Accepted,
+    *,
+    rounds: Sequence[RoundFacts],
+    upload_bytes: int,
+    lora_bytes: int,
+    state_digest: str,
+    generated_at: int,
+    software: Mapping[str, str],
+    extra: Mapping[str, Scalar] | None = None,
+    still_open: Collection[int] = (),
 ) -> Report:
     """The report on ``rounds`` under the contract ``accepted``.
 
@@ -195,23 +203,37 @@ def facts(
     profile = tuple(_profile_point(curve, delta, most) for delta in _deltas(terms))
     odds = tuple(_odds(rate, profile, most) for rate in FALSE_POSITIVE_RATES)
     return Report(
-        format=SCHEMA, generated_at=generated_at, federation=_federation(accepted, state_digest),
+        format=SCHEMA,
+        generated_at=generated_at,
+        federation=_federation(accepted, state_digest),
         summary=wording.summary(
-            terms, steps=most, epsilon=spent.epsilon, rounds_left=min(silo.rounds_left for silo in silos),
-            odds=(odds[0].false_positive_rate, odds[0].spent), upload_bytes=upload_bytes, simulated=simulated,
+            terms,
+            steps=most,
+            epsilon=spent.epsilon,
+            rounds_left=min(silo.rounds_left for silo in silos),
+            odds=(odds[0].false_positive_rate, odds[0].spent),
+            upload_bytes=upload_bytes,
+            simulated=simulated,
         ),
         guarantee=Guarantee(
-            unit=wording.unit(terms), relation=wording.relation(terms), delta=terms.privacy.delta,
-            adversaries=_adversaries(curve, most), odds=odds,
+            unit=wording.unit(terms),
+            relation=wording.relation(terms),
+            delta=terms.privacy.delta,
+            adversaries=_adversaries(curve, most),
+            odds=odds,
         ),
         mechanism=wording.parameters(terms, simulated=simulated),
         accounting=Accounting(event=federation.mechanism(terms), spent=spent, plan=plan, profile=profile),
-        silos=silos, burn_down=tuple(curve(steps) for steps in _grid(most, terms.training.rounds)),
+        silos=silos,
+        burn_down=tuple(curve(steps) for steps in _grid(most, terms.training.rounds)),
         composition=wording.composition(terms, simulated=simulated),
-        traffic=_traffic(terms, rounds, upload_bytes, lora_bytes), rounds=tuple(rounds),
-        assumptions=wording.assumptions(terms, simulated=simulated), software=dict(software),
+        traffic=_traffic(terms, rounds, upload_bytes, lora_bytes),
+        rounds=tuple(rounds),
+        assumptions=wording.assumptions(terms, simulated=simulated),
+        software=dict(software),
         aggregator_fingerprint=_coordinator(terms),
-        consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)), checks=wording.checks(),
+        consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)),
+        checks=wording.checks(),
         extra=dict(extra or {}),
     )
 
@@ -273,8 +295,10 @@ def _check_rounds(terms: Contract, rounds: Sequence[RoundFacts]) -> None:
             terms.by_id(silo)
         if len(set(each.participants)) != len(each.participants):
             raise ConfigError(
-                f"round {each.number} names a silo twice: {list(each.participants)}", hint="pass each upload that counts once",
-                code="report-rounds", round=each.number,
+                f"round {each.number} names a silo twice: {list(each.participants)}",
+                hint="pass each upload that counts once",
+                code="report-rounds",
+                round=each.number,
             )
 
 
@@ -285,9 +309,15 @@ def _steps(rounds: Sequence[RoundFacts], silo: int) -> int:
 def _federation(accepted: Accepted, state_digest: str) -> Federation:
     terms = accepted.terms
     return Federation(
-        name=terms.name, version=terms.version, mode=terms.training.mode, expires=terms.expires,
-        contract_digest=accepted.digest.hex(), previous_digest=terms.previous, model=terms.model.name,
-        model_digest=terms.model.digest, state_digest=state_digest,
+        name=terms.name,
+        version=terms.version,
+        mode=terms.training.mode,
+        expires=terms.expires,
+        contract_digest=accepted.digest.hex(),
+        previous_digest=terms.previous,
+        model=terms.model.name,
+        model_digest=terms.model.digest,
+        state_digest=state_digest,
     )
 
 
@@ -296,8 +326,11 @@ def _adversaries(curve: _Curve, steps: int) -> tuple[Adversary, ...]:
     seen = adversaries(federation.mechanism(terms), silos=terms.silos, colluders=terms.privacy.colluders)
     return tuple(
         Adversary(
-            name=name, who=wording.adversary(name, terms), shares=seen[name].shares,
-            effective_noise_multiplier=seen[name].effective_noise_multiplier, spent=curve(steps, shares=seen[name].shares),
+            name=name,
+            who=wording.adversary(name, terms),
+            shares=seen[name].shares,
+            effective_noise_multiplier=seen[name].effective_noise_multiplier,
+            spent=curve(steps, shares=seen[name].shares),
             plan=curve(terms.training.rounds, shares=seen[name].shares),
         )
         for name in _ADVERSARIES
@@ -326,8 +359,14 @@ def _silo(curve: _Curve, member: federation.Member, steps: int) -> SiloBudget:
     limit, spent = curve.terms.privacy.epsilon, curve(steps)
     public = keys.PublicIdentity(name=member.name, sign_key=bytes.fromhex(member.sign_key))
     return SiloBudget(
-        silo=member.id, name=member.name, organisation=member.organisation, fingerprint=keys.fingerprint(public), spent=spent,
-        limit=limit, left=max(0.0, limit - spent.epsilon), rounds_left=max(0, curve.rounds_within(limit) - steps),
+        silo=member.id,
+        name=member.name,
+        organisation=member.organisation,
+        fingerprint=keys.fingerprint(public),
+        spent=spent,
+        limit=limit,
+        left=max(0.0, limit - spent.epsilon),
+        rounds_left=max(0, curve.rounds_within(limit) - steps),
     )
 
 
@@ -340,8 +379,11 @@ def _coordinator(terms: Contract) -> str:
 
 def _traffic(terms: Contract, rounds: Sequence[RoundFacts], upload_bytes: int, lora_bytes: int) -> Traffic:
     return Traffic(
-        upload_bytes=upload_bytes, lora_bytes=lora_bytes, received_bytes=sum(each.bytes_in for each in rounds),
-        left=wording.what_left(terms, upload_bytes), stayed=wording.what_stayed(),
+        upload_bytes=upload_bytes,
+        lora_bytes=lora_bytes,
+        received_bytes=sum(each.bytes_in for each in rounds),
+        left=wording.what_left(terms, upload_bytes),
+        stayed=wording.what_stayed(),
     )
 
 

@@ -85,17 +85,30 @@ def render(report: Report) -> str:
     the policy allows one style sheet, by its hash, and nothing else.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        up=wording.up, down=wording.down, small=wording.scientific, size=wording.size, utc=_utc, percent=_percent, number=_number,
+        up=wording.up,
+        down=wording.down,
+        small=wording.scientific,
+        size=wording.size,
+        utc=_utc,
+        percent=_percent,
+        number=_number,
         groups=_groups,
     )
     style = environment.get_template("report.css.j2").render()
     return environment.get_template("report.html.j2").render(
-        report=report, style=style, style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        record_digest=hashlib.sha256(encode(report)).hexdigest(), pictures=_pictures(report), severities=_SEVERITIES,
+        report=report,
+        style=style,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        record_digest=hashlib.sha256(encode(report)).hexdigest(),
+        pictures=_pictures(report),
+        severities=_SEVERITIES,
     )
 
 
@@ -104,8 +117,10 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(
-            f"cannot make the folder {folder}: {error.strerror or error}", hint="name another folder, or mend the permissions",
-            code="cannot-write", path=str(folder),
+            f"cannot make the folder {folder}: {error.strerror or error}",
+            hint="name another folder, or mend the permissions",
+            code="cannot-write",
+            path=str(folder),
         ) from error
 
 
@@ -139,8 +154,15 @@ def _burn_down(report: Report, *, key: str, width: int) -> str:
         lines.append(charts.Line(label=f"PLD {wording.up(by_pld[-1][1])}", points=by_pld, style="first"))
     now = report.accounting.spent.steps
     return charts.line_chart(
-        lines, limit=limit, limit_label=f"limit {limit:g}", now=float(now), x_label="rounds charged", y_label="ε", key=key,
-        width=width, title="What each round adds to ε",
+        lines,
+        limit=limit,
+        limit_label=f"limit {limit:g}",
+        now=float(now),
+        x_label="rounds charged",
+        y_label="ε",
+        key=key,
+        width=width,
+        title="What each round adds to ε",
         desc=f"ε after each charged round, by PLD and by RDP, from 0 to the end of the plan. After {wording.counted(now, 'round')} "
         f"ε is {_words(report.accounting.spent)}; at the end of the plan {_words(report.accounting.plan)}; the limit is {limit:g}.",
     )
@@ -153,7 +175,10 @@ def _words(figure: Figure) -> str:
 
 def _bar(report: Report, silo: SiloBudget) -> str:
     return charts.bar(
-        value=silo.spent.epsilon, full=silo.limit, mark=report.accounting.plan.epsilon, key=f"bar-{silo.silo}",
+        value=silo.spent.epsilon,
+        full=silo.limit,
+        mark=report.accounting.plan.epsilon,
+        key=f"bar-{silo.silo}",
         title=f"{silo.name}: ε spent of its limit",
         desc=f"{wording.up(silo.spent.epsilon)} of {silo.limit:g} spent; the tick marks the end of the plan.",
     )
@@ -163,17 +188,23 @@ def _crowd(report: Report, position: int) -> str:
     odds = report.guarantee.odds[position]
     found, guessed = math.ceil(1000 * odds.spent - 1e-9), round(1000 * odds.false_positive_rate)
     return charts.crowd(
-        found=found, guessed=guessed, key=f"crowd-{position}", title="Of 1,000 that took part, how many any test can find",
+        found=found,
+        guessed=guessed,
+        key=f"crowd-{position}",
+        title="Of 1,000 that took part, how many any test can find",
         desc=f"At most {found:,} of 1,000; guessing finds {guessed:,}.",
     )
 
 
 def _flow(report: Report) -> str:
     return charts.flow(
-        silos=[silo.name for silo in report.silos], kept="keeps its records",
+        silos=[silo.name for silo in report.silos],
+        kept="keeps its records",
         upload=f"masked upload, {wording.size(report.traffic.upload_bytes)} each",
-        total="reads the sum over all silos, no single one", everyone="next model: every silo computes it itself",
-        key="flow", title="What leaves each site in a round",
+        total="reads the sum over all silos, no single one",
+        everyone="next model: every silo computes it itself",
+        key="flow",
+        title="What leaves each site in a round",
         desc=f"{wording.counted(len(report.silos), 'silo')} keep their records. Each sends one masked upload to the aggregator, "
         "which can read their sum only. From the sum every silo computes the next model itself.",
     )
@@ -188,7 +219,9 @@ def _bytes_bar(report: Report, key: str, count: int) -> str:
 def _strip(report: Report) -> str:
     kinds = [each.kind for each in report.rounds]
     return charts.rounds_strip(
-        kinds, key="strip", title="Rounds in order",
+        kinds,
+        key="strip",
+        title="Rounds in order",
         desc=f"{wording.counted(kinds.count('result'), 'round')} with a result and {kinds.count('void')} void, in order.",
     )
 

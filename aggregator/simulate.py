@@ -10,27 +10,26 @@ say how accurate the model is. In a real federation nobody can.
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from aggregator import commands, pairs, split
+from aggregator import commands
 from aggregator.compliance import Report
 from aggregator.coordinator import Closed
+from aggregator.dealing import Dealt, deal, default_delta
 from aggregator.desk import Event
 from aggregator.draft import Terms
 from aggregator.processes import Children, children
-from privacy import accounting, rows
+from privacy import accounting
 from privacy.errors import ConfigError, MachineError, TrustError
 from privacy.federation import mechanism
 
 _START_S = 60.0
 _END_S = 120.0
 _SILO_LIMIT = 1.25
-_RECORDS_OF_A_COLUMN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,23 +108,6 @@ class Result:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Dealt:
-    """Records by silo, the held-out ones, and what a contract must say about them.
-
-    ``left_out`` counts the silos' records above ``max_records_per_unit``; the silos pass them over.
-    """
-
-    shares: Sequence[Sequence[Mapping[str, object]]]
-    held_out: Sequence[Mapping[str, object]]
-    labels: tuple[str, ...]
-    text_pair: bool
-    unit: str
-    max_records_per_unit: int
-    units: int
-    left_out: int
-
-
 def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
     """Run the federation; see the module docstring.
 
@@ -138,7 +120,13 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
     started = time.monotonic()
     _check(settings)
     progress(Step(text="collecting records"))
-    dealt = _deal(settings)
+    dealt = deal(
+        settings.data,
+        silos=settings.silos,
+        silo_column=settings.silo_column,
+        unit=settings.unit,
+        max_records_per_unit=settings.max_records_per_unit,
+    )
     delta = settings.delta or default_delta(dealt.units, len(dealt.shares))
     accounting.check_delta(delta, dealt.units * len(dealt.shares))
     if dealt.left_out:
@@ -178,49 +166,7 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _deal(settings: Settings) -> _Dealt:
-    """Records dealt to silos: a fifth of the units held out."""
-    if settings.data is None:
-        found: list[Mapping[str, object]] = [
-            {"text": pair.text, "text_pair": pair.text_pair, "label": pair.label, "file": pair.file} for pair in pairs.collect()
-        ]
-        labels: tuple[str, ...] = pairs.LABELS
-        unit, most = "file", settings.max_records_per_unit or pairs.MAX_PER_FILE
-    else:
-        found = [row for _, row in rows.read_rows(settings.data)]
-        labels = tuple(sorted({str(row.get("label", "")) for row in found}))
-        unit = settings.unit or "record"
-        most = settings.max_records_per_unit or (1 if unit == "record" else _RECORDS_OF_A_COLUMN)
-    shares, held_out = split.deal(found, silos=settings.silos, silo_column=settings.silo_column, unit=unit)
-    per_unit = [
-        [1] * len(share) if unit == "record" else list(Counter(str(row[unit]) for row in share).values()) for share in shares
-    ]
-    return _Dealt(
-        shares=shares,
-        held_out=held_out,
-        labels=labels,
-        text_pair="text_pair" in found[0],
-        unit=unit,
-        max_records_per_unit=most,
-        units=rounded_up(max(len(counts) for counts in per_unit)),
-        left_out=sum(max(0, count - most) for counts in per_unit for count in counts),
-    )
-
-
-def rounded_up(count: int) -> int:
-    """The next number of one significant digit: an upper bound, as members of a real federation agree on one without counts."""
-    scale = int("1" + "0" * (len(str(count)) - 1))
-    return -(-count // scale) * scale
-
-
-def default_delta(units: int, silos: int) -> float:
-    """1/(10 · units of the whole federation), rounded down to one significant digit, at most 1e-5."""
-    bound = min(1e-5, 1 / (10 * units * silos))
-    digit = 10.0 ** math.floor(math.log10(bound))
-    return min(math.floor(bound / digit * (1 + 1e-12)) * digit, bound)
-
-
-def _enrol(settings: Settings, dealt: _Dealt, delta: float, aggregator: Path, running: Children) -> None:
+def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, running: Children) -> None:
     """Everything before the first round: contract, service, silos, countersignatures."""
     home = aggregator.parent
     model, modules, lora_width = commands.describe_model(settings.model, settings.targets, last_layers=settings.last_layers)
@@ -257,11 +203,13 @@ def _enrol(settings: Settings, dealt: _Dealt, delta: float, aggregator: Path, ru
         _init_silo(settings, running, home / name, url, str(made["fingerprint"]), delta)
         commands.add_member(aggregator, home / name / "identity.pub")
     commands.sign(aggregator)
-    with ThreadPoolExecutor() as pool:  # each is a process of its own
-        joins = [
-            pool.submit(running.answer, f"join-{name}", "silo", ["join", "--home", home / name, "--yes"])
-            for name in _silo_names(dealt)
-        ]
+    _join(home, _silo_names(dealt), running)
+
+
+def _join(home: Path, names: Sequence[str], running: Children) -> None:
+    """Every silo reads the contract and countersigns, side by side: each is a process of its own."""
+    with ThreadPoolExecutor() as pool:
+        joins = [pool.submit(running.answer, f"join-{name}", "silo", ["join", "--home", home / name, "--yes"]) for name in names]
         for join in joins:
             join.result()
 
@@ -336,7 +284,7 @@ def _evaluate(home: Path, names: Sequence[str], running: Children) -> dict[str, 
 
 def _result(
     settings: Settings,
-    dealt: _Dealt,
+    dealt: Dealt,
     closed: Sequence[Closed],
     stated: Mapping[str, Mapping[str, object]],
     measured: Mapping[str, object],
@@ -385,7 +333,7 @@ def _seconds_per_round(facts: Report) -> float:
     return round(sum(spans) / len(spans), 1)
 
 
-def _silo_names(dealt: _Dealt) -> list[str]:
+def _silo_names(dealt: Dealt) -> list[str]:
     return [f"silo-{number}" for number in range(1, len(dealt.shares) + 1)]
 
 

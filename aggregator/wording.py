@@ -125,7 +125,13 @@ def adversary(name: str, terms: Contract) -> str:
 
 
 def summary(
-    terms: Contract, *, steps: int, epsilon: float, rounds_left: int, odds: tuple[float, float], upload_bytes: int,
+    terms: Contract,
+    *,
+    steps: int,
+    epsilon: float,
+    rounds_left: int,
+    odds: tuple[float, float],
+    upload_bytes: int,
     simulated: bool = False,
 ) -> tuple[str, ...]:
     """The report in plain words; its first sentence stands alone. ``odds`` is (false, true) positive rate."""
@@ -240,7 +246,8 @@ def what_left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:
         ),
         Item(
             what="the digest of the model state that the silo computed itself",
-            form="32 bytes, signed", reader="the aggregator and the other members",
+            form="32 bytes, signed",
+            reader="the aggregator and the other members",
         ),
         Item(what="that the silo takes part, and when", form="the fact and the time of a message", reader="the aggregator"),
     )
@@ -260,7 +267,9 @@ def what_stayed() -> tuple[str, ...]:
 def assumptions(terms: Contract, *, simulated: bool = False) -> tuple[Assumption, ...]:
     """What the figures rest on, the gravest first, numbered A1 and on."""
     groups: tuple[tuple[Literal["guarantee", "figure", "scope"], tuple[tuple[str, str], ...]], ...] = (
-        ("guarantee", _must_hold(terms, simulated)), ("figure", _should_hold(terms, simulated)), ("scope", _NOT_COVERED),
+        ("guarantee", _must_hold(terms, simulated)),
+        ("figure", _should_hold(terms, simulated)),
+        ("scope", _NOT_COVERED),
     )
     rows = [(severity, text, wrong) for severity, group in groups for text, wrong in group]
     return tuple(
@@ -278,7 +287,8 @@ def _must_hold(terms: Contract, simulated: bool) -> tuple[tuple[str, str], ...]:
         ),
         (
             f"At least {counted(terms.shares, 'silo')} of {terms.silos} run this software unaltered and add the noise they owe; "
-            f"at most {terms.privacy.colluders} work with the aggregator.", "the noise is smaller than the figures say",
+            f"at most {terms.privacy.colluders} work with the aggregator.",
+            "the noise is smaller than the figures say",
         ),
         (
             "The secure sum holds: key agreement, encryption and hash functions are not broken, and private keys "
@@ -287,8 +297,11 @@ def _must_hold(terms: Contract, simulated: bool) -> tuple[tuple[str, str], ...]:
         ),
         (
             "This is a simulation: one machine plays every party, and nobody compared fingerprints. The figures are those of "
-            "members that are apart.", "whoever controls this machine reads every record",
-        ) if simulated else (
+            "members that are apart.",
+            "whoever controls this machine reads every record",
+        )
+        if simulated
+        else (
             "The members are who they say they are: fingerprints were compared by people, over another channel.",
             "one party could play several silos and subtract their noise",
         ),
@@ -307,19 +320,22 @@ def _should_hold(terms: Contract, simulated: bool) -> tuple[tuple[str, str], ...
     rows = (
         (
             "A unit is in the records of one silo only. Nothing here checks it, and the figure for a unit in two silos "
-            "is not computed.", "a unit in several silos is exposed more than the figures say",
+            "is not computed.",
+            "a unit in several silos is exposed more than the figures say",
         ),
         (
             f"The aggregator saw every upload that left a silo. {_HEADS} The simulation’s accuracies are exact and outside ε.",
             "the figures are for the federation’s own model alone",
-        ) if simulated else (
+        )
+        if simulated
+        else (
             "The aggregator saw every upload that left a silo, and no other work on the records spends budget.",
             "the silo’s own ledger shows the higher figure",
         ),
         (
             f"{_TAKEN} Lengths, rates and the other constants were not chosen from these records."
-            if simulated else
-            "Units, labels, lengths and every other constant of the contract were chosen without looking at the records.",
+            if simulated
+            else "Units, labels, lengths and every other constant of the contract were chosen without looking at the records.",
             "the choice itself reveals something, outside ε",
         ),
     )

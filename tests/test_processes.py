@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from aggregator import commands as hub_commands
-from aggregator import simulate
+from aggregator import dealing
 from privacy import keys, ledger
 from privacy.ledger import Reserve
 from silo import commands
@@ -126,7 +126,7 @@ def test_units_of_the_simulated_contract_bound_the_largest_silo(simulated):
     with hub_commands.opened(home / "aggregator") as at:
         terms = at.accepted.terms
     held = [len((home / f"silo-{n}" / "records.jsonl").read_text().splitlines()) for n in (1, 2, 3)]
-    assert max(held) <= terms.privacy.units == simulate.rounded_up(max(held))
+    assert max(held) <= terms.privacy.units == dealing.rounded_up(max(held))
     assert terms.privacy.delta <= min(1e-5, 1 / (10 * terms.privacy.units * 3))
 
 
@@ -134,20 +134,20 @@ def test_units_of_the_simulated_contract_bound_the_largest_silo(simulated):
     ("count", "figure"), [(1, 1), (9, 9), (10, 10), (11, 20), (99, 100), (100, 100), (533, 600), (1999, 2000), (9001, 10_000)]
 )
 def test_rounding_up_gives_the_next_figure_of_one_digit(count, figure):
-    assert simulate.rounded_up(count) == figure
+    assert dealing.rounded_up(count) == figure
 
 
 def test_records_that_the_cap_leaves_out_are_told_and_the_cap_is_eight_of_a_column(tmp_path):
     rows = [{**row, "who": place // 10 if place < 60 else place} for place, row in enumerate(sessions.rows(120))]
     data = sessions.write_rows(tmp_path / "d.jsonl", rows)
-    dealt = simulate._deal(simulate.Settings(home=tmp_path / "x", data=data, unit="who"))
+    dealt = dealing.deal(data, silos=3, silo_column=None, unit="who", max_records_per_unit=None)
     everybody = [row["who"] for share in dealt.shares for row in share]
     large = sum(everybody.count(who) == 10 for who in set(everybody))
     assert (dealt.max_records_per_unit, dealt.left_out) == (8, 2 * large)
     assert large > 0
-    one = simulate._deal(simulate.Settings(home=tmp_path / "x", data=data, unit="who", max_records_per_unit=1))
+    one = dealing.deal(data, silos=3, silo_column=None, unit="who", max_records_per_unit=1)
     assert (one.max_records_per_unit, one.left_out) == (1, 9 * large)
-    each = simulate._deal(simulate.Settings(home=tmp_path / "x", data=data))
+    each = dealing.deal(data, silos=3, silo_column=None, unit=None, max_records_per_unit=None)
     assert (each.max_records_per_unit, each.left_out) == (1, 0)
 
 
