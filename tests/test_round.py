@@ -527,7 +527,8 @@ def test_silos_stop_after_max_void_rounds(world):
 
 
 def test_after_the_deadline_nothing_is_spent(world):
-    world.hub.open_round(1, deadline_at=int(time.time()) - 1)
+    past, lasts = int(time.time()) - 1, world.hub.accepted.terms.sum.deadline_s
+    world.hub.open_round(1, opened_at=past - lasts, deadline_at=past)
     world.hub.void(1)
     assert world.silo(1).take_part().kind == "void"
     assert attempts(world, 1, 1) == []
@@ -544,6 +545,7 @@ def test_after_the_deadline_nothing_is_spent(world):
         ("dimension", 27),
         ("lattice_bits", 19),
         ("clamp", 5),
+        ("deadline_at", 2**40),
         ("round", 2),
         ("epoch", 2),
         ("epoch_ctx", b"x" * 32),
