@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives import hpke
 
 from privacy import keys
 from privacy.errors import TrustError
-from privacy.federation import Member
-from privacy.messages import Confirmation, Consent, EpochNote, Header, Kind, PairSeeds, Release, Signed, decode, encode
+from privacy.federation import Accepted, Member, parse
+from privacy.messages import AGGREGATOR, Confirmation, Consent, EpochNote, Header, Kind, PairSeeds, Release, Signed, decode, encode
 
 SignedType = Literal[Kind, "identity", "header"]
 M = TypeVar("M", EpochNote, PairSeeds, Confirmation, Header, Consent, Release)
@@ -66,12 +66,28 @@ def open_signed(raw: bytes, *, type: SignedType, context: bytes, sender: int, ke
     for field, value, wanted in found:
         if value != wanted:
             raise TrustError(
-                f"a {document.type} with {field} {value} where {field} {wanted} was expected", code=f"wrong-{field}",
-                hint="the document belongs elsewhere: another federation, epoch, step or party", found=value, expected=wanted,
+                f"a {document.type} with {field} {value} where {field} {wanted} was expected",
+                code=f"wrong-{field}",
+                hint="the document belongs elsewhere: another federation, epoch, step or party",
+                found=value,
+                expected=wanted,
             )
     signed = keys.signing_input(type=type, context=context, sender=sender, body=document.body)
     keys.verify_signature(key, signed, document.signature)
     return document.body
+
+
+def open_contract(raw: bytes) -> Accepted:
+    """The contract in its signed document; the key that signed it is the aggregator's that stands in it.
+
+    Raises:
+        TrustError: malformed, or signed by another key.
+        ConfigError: the terms contradict each other.
+    """
+    accepted = parse(decode(raw, Signed).body)
+    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    open_signed(raw, type="contract", context=accepted.digest, sender=AGGREGATOR, key=key)
+    return accepted
 
 
 def open_member(raw: bytes, kind: type_of[M], *, type: SignedType, context: bytes, member: Member) -> M:
@@ -84,7 +100,8 @@ def open_member(raw: bytes, kind: type_of[M], *, type: SignedType, context: byte
     message = decode(open_signed(raw, type=type, context=context, sender=member.id, key=raw_key), kind)
     if message.silo != member.id:
         raise TrustError(
-            f"the {type} of silo {member.id} says it is of silo {message.silo}", code="wrong-sender",
+            f"the {type} of silo {member.id} says it is of silo {message.silo}",
+            code="wrong-sender",
             hint="that silo's software is faulty",
         )
     return message
@@ -114,6 +131,7 @@ def open_sealed(seed: bytes, sealed: bytes, *, info: bytes) -> bytes:
     except (InvalidTag, ValueError):
         purpose = info.split(b"\0", 1)[0].decode("ascii", "replace")
         raise TrustError(
-            f"a sealed message does not open as {purpose!r}", code="sealed",
+            f"a sealed message does not open as {purpose!r}",
+            code="sealed",
             hint="it was sealed to another key or for another place, or changed on the way",
         ) from None

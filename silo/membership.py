@@ -10,14 +10,14 @@ invents all of them; ``terms_in_words`` prints names and fingerprints so that pe
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from privacy import accounting, base_model, envelope, keys
+from privacy.envelope import open_contract
 from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
-from privacy.federation import Accepted, Contract, Member, mechanism, parse
-from privacy.messages import AGGREGATOR, Countersignature, Signed, decode, encode
+from privacy.federation import Accepted, Contract, Member, mechanism
+from privacy.messages import AGGREGATOR, Countersignature, decode, encode
 from silo import records
 from silo.config import Config, Limits
 from silo.home import Home
@@ -51,20 +51,6 @@ def fetch_contract(transport: Transport, fingerprint: str) -> Accepted:
         )
     accepted = open_contract(document)
     _check_fingerprint(accepted, fingerprint)
-    return accepted
-
-
-def open_contract(document: bytes) -> Accepted:
-    """The contract in a signed document, parsed; signed by the aggregator's key that stands in it.
-
-    Raises:
-        TrustError: malformed, or signed by another key.
-        ConfigError: its terms contradict each other.
-    """
-    body = decode(document, Signed).body
-    accepted = parse(body)
-    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
-    envelope.open_signed(document, type="contract", context=hashlib.sha256(body).digest(), sender=AGGREGATOR, key=key)
     return accepted
 
 
