@@ -10,6 +10,7 @@ The names checked here only explain; ``silo.invariance`` decides.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,7 +27,7 @@ from privacy.errors import ConfigError
 from privacy.federation import Contract
 from silo import basis
 from silo.gradients import PhysicalBatch, Slot, rowwise_linear
-from silo.lora_sb import Adapter, attach, find_linear
+from silo.lora_sb import Adapter, attach, find_linear, matrix
 
 Precision = Literal["float32", "bfloat16"]
 Pooling = Literal["mean", "cls", "last"]
@@ -59,6 +60,7 @@ class Classifier(nn.Module):
         self.head_scale = head_scale
         self.precision = precision
         self.basis_digest = basis_digest
+        self.takes_types = _takes_types(encoder)
         self.head_slot: Slot | None = None
         self.eval()
 
@@ -85,7 +87,7 @@ class Classifier(nn.Module):
     def features(self, batch: PhysicalBatch) -> Tensor:
         """What the head sees: the pooled, scaled vector ``(rows, hidden)`` float32."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.token_type_ids is not None:
+        if batch.token_type_ids is not None and self.takes_types:
             inputs["token_type_ids"] = batch.token_type_ids
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             hidden = self.encoder(**inputs).last_hidden_state  # (rows, L, hidden)
@@ -101,8 +103,8 @@ class Classifier(nn.Module):
     def recording(self, rows: Tensor) -> Iterator[None]:
         """While open, backward passes add per-row gradients to ``rows`` ``(rows, d)`` float32, in the order of ``read``."""
         blocks = torch.split(rows, [parameter.numel() for parameter in self.trainables()], dim=1)
-        for layer, block in zip(self.adapter, blocks, strict=False):
-            layer.slot = Slot(weight=block.view(-1, *layer.R.shape))
+        for name, layer, block in zip(self.adapter.names, self.adapter, blocks[:-2], strict=True):
+            layer.slot = Slot(weight=block.view(-1, *layer.R.shape), layer=name)
         self.head_slot = Slot(weight=blocks[-2].view(-1, *self.head.weight.shape), bias=blocks[-1])
         try:
             yield
@@ -173,16 +175,17 @@ def assemble(
     and is never left out.
 
     Raises:
-        ConfigError: the encoder mixes examples by construction, has another hidden size, lacks a module of the contract,
-            cannot carry the rank, or has another number of trainables than the contract says.
+        ConfigError: the encoder mixes examples by construction, is no single stack under an attention mask, has another hidden
+            size, lacks a module of the contract, cannot carry the rank, or has another number of trainables than the contract says.
     """
+    _refuse_shape(encoder)
     _refuse_mixing(encoder)
     _agree("hidden size", int(encoder.config.hidden_size), terms.model.hidden_size)
     AttentionMaskInterface.register("eager", _full_mask)
     encoder.set_attn_implementation("eager")
     encoder.config.use_cache = False
     encoder = encoder.float()
-    bases = {name: _factors(encoder, name, terms.adapter.rank) for name in terms.adapter.modules}
+    bases = {name: basis.factors(terms, name, matrix(find_linear(encoder, name)).cpu().numpy()) for name in terms.adapter.modules}
     adapter = attach(encoder.to(device), terms.adapter.modules, bases, terms.adapter.scale)
     head = nn.Linear(terms.model.hidden_size, len(terms.task.labels), device="meta").to_empty(device=device)
     nn.init.zeros_(head.weight)
@@ -206,17 +209,33 @@ def _full_mask(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (transform
     return mask
 
 
-def _factors(encoder: nn.Module, name: str, rank: int) -> basis.Factors:
-    weight = find_linear(encoder, name).weight.detach().double().cpu().numpy()
-    return basis.weights_basis(weight, rank)
-
-
 def _pooling_weights(mask: Tensor, pooling: Pooling) -> Tensor:
     """Weights ``(rows, L)`` float32 whose sum over L with the hidden states is the pooled vector; padding is on the right."""
     if pooling == "mean":
         return mask.float() / mask.sum(dim=1, keepdim=True)
     position = torch.zeros_like(mask[:, :1]) if pooling == "cls" else mask.sum(dim=1, keepdim=True) - 1
     return (torch.arange(mask.shape[1], device=mask.device) == position).float()
+
+
+def _takes_types(encoder: nn.Module) -> bool:
+    """Whether token types mean anything to ``encoder``: a plain tokenizer makes them for models that know none, or one kind."""
+    kinds = getattr(getattr(encoder, "config", None), "type_vocab_size", None) or 0
+    return kinds > 1 and "token_type_ids" in inspect.signature(encoder.forward).parameters
+
+
+def _refuse_shape(encoder: PreTrainedModel) -> None:
+    """Raises ConfigError for an encoder that cannot turn padded rows of tokens into one vector per token."""
+    if getattr(encoder.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"the base model is an encoder-decoder ({encoder.config.model_type})",
+            hint="choose a model of one stack, an encoder or a decoder",
+        )
+    missing = {"input_ids", "attention_mask"} - inspect.signature(encoder.forward).parameters.keys()
+    if missing:
+        raise ConfigError(
+            f"the base model ({encoder.config.model_type}) takes no {min(missing)}",
+            hint="choose a model of text with an attention mask: without one, padding is read as text",
+        )
 
 
 def _refuse_mixing(encoder: PreTrainedModel) -> None:

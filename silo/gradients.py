@@ -93,10 +93,14 @@ class Rowwise(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one layer's per-row gradients go: ``weight`` ``(rows, out, in)`` and ``bias`` ``(rows, out)`` or None, float32."""
+    """Where one layer's per-row gradients go: ``weight`` ``(rows, out, in)`` and ``bias`` ``(rows, out)`` or None, float32.
+
+    ``layer``: its name, for people.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    layer: str = "an adapted layer"
 
 
 class Tape:
@@ -147,7 +151,7 @@ def rowwise_linear(y: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot | 
             return functional.linear(y.to(weight.dtype), weight, bias)
         if y.ndim != 3 or len(y) != len(slot.weight):
             raise ConfigError(
-                f"an adapted layer got an input of shape {tuple(y.shape)}, not (rows, tokens, features) of {len(slot.weight)} rows",
+                f"{slot.layer} got an input of shape {tuple(y.shape)}, not (rows, tokens, features) of {len(slot.weight)} rows",
                 hint="leave layers that mix or reshape the batch out of adapter.modules",
             )
         recorded: Tensor = _RowwiseLinear.apply(y, weight, bias, slot)  # type: ignore[no-untyped-call]
@@ -212,7 +216,7 @@ def buckets(max_length: int) -> list[int]:
 
 
 def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) -> Iterator[PhysicalBatch]:
-    """The physical batches that hold ``units``, each unit whole and in one batch, in order of arrival per length bucket.
+    """The physical batches that hold ``units``, each unit whole and in the first batch of its length bucket that has room for it.
 
     A unit's L is ``bucket`` of its own longest record; a batch of that L always has ``rows_for(L)`` rows, the missing ones
     dummies. No units: no batches.
@@ -220,17 +224,29 @@ def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) ->
     Raises:
         ConfigError: a unit has no rows, or more than ``rows_for`` of its bucket, or a record above ``max_length``.
     """
-    waiting: dict[tuple[int, bool], list[EncodedUnit]] = {}
+    waiting: dict[tuple[int, bool], list[_Filling]] = {}
     for unit in units:
         length, rows = _shape(unit, rows_for, max_length)
         # Whether token types are passed is a property of the unit, so that no batch-mate can decide it.
-        queue = waiting.setdefault((length, unit.rows[0][1] is not None), [])
-        if sum(len(mate.rows) for mate in [*queue, unit]) > rows:
-            yield as_batch(queue, length, rows)
-            queue.clear()
-        queue.append(unit)
-    for (length, _), queue in sorted(waiting.items()):
-        yield as_batch(queue, length, rows_for(length))
+        filling = waiting.setdefault((length, unit.rows[0][1] is not None), [])
+        batch = next((each for each in filling if each.room >= len(unit.rows)), None)
+        if batch is None:
+            filling.append(batch := _Filling(units=[], room=rows))
+        batch.units.append(unit)
+        batch.room -= len(unit.rows)
+        if not batch.room:
+            filling.remove(batch)
+            yield as_batch(batch.units, length, rows)
+    for (length, _), filling in sorted(waiting.items(), key=lambda item: item[0]):
+        yield from (as_batch(batch.units, length, rows_for(length)) for batch in filling)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Filling:
+    """A physical batch with ``room`` for so many more rows."""
+
+    units: list[EncodedUnit]
+    room: int
 
 
 def _longest(unit: EncodedUnit) -> int:

@@ -215,11 +215,12 @@ def check_responds(model: Classifier, max_length: int) -> None:
         )
     finally:
         model.write(before)
-    still = sum(not bool(block.any()) for block in blocks)
+    still = [name for name, block in zip((*model.adapter.names, "the head"), blocks, strict=True) if not bool(block.any())]
     if (matrices and not moved) or still:
         raise MachineError(
-            f"the model does not respond to its adapters: {still} of {len(blocks)} parts have no gradient",
-            hint="training would spend budget and learn nothing; check adapter.modules",
+            f"the model does not respond to its adapters: {len(still)} of {len(blocks)} parts have no gradient"
+            + (f", the first is {still[0]}" if still else ""),
+            hint="training would spend budget and learn nothing; leave such modules out of adapter.modules",
             code="not-moved",
         )
 

@@ -103,8 +103,8 @@ def until(look, *, within_s: float = 60.0, every_s: float = 0.002):
     return found
 
 
-def tiny_model(folder: Path) -> Path:
-    """A random BERT of two layers with a word-level tokenizer, as files."""
+def tiny_model(folder: Path, kind: str = "bert") -> Path:
+    """A random BERT (or another kind of ``tiny_models.encoder``) of two layers with a word-level tokenizer, as files."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +115,7 @@ def tiny_model(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tiny_models.encoder("bert").save_pretrained(folder)
+    tiny_models.encoder(kind).save_pretrained(folder)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     )

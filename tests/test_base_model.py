@@ -258,6 +258,63 @@ def test_modules_match_by_their_last_components(folder: Path) -> None:
     assert match_modules(found, []) == ()
 
 
+def test_all_linear_is_every_module_in_natural_order(folder: Path) -> None:
+    found = describe(folder)
+    assert match_modules(found, ["all-linear"]) == match_modules(found, ["query", "all-linear"]) == tuple(found.linear)
+    assert match_modules(found, ["all-linear"]) == match_modules(found, ["query", "dense"])
+
+
+def test_all_linear_of_minilm_is_all_of_its_layers(minilm: Path) -> None:
+    found = describe(minilm)
+    names = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+    assert match_modules(found, ["all-linear"]) == match_modules(found, names)
+    assert len(match_modules(found, ["all-linear"])) == 36
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("layer.0.rel_attn.q", (4, 2, 2)), ("encoder.experts.gate_up_proj", (2, 4, 8)), ("layer.0.experts.1.w1.weight", (4, 4)),
+     ("layer.0.self_attn.in_proj_weight", (12, 4)), ("layer.0.query.weight", (4, 4, 1, 2))],
+)  # fmt: skip
+def test_all_linear_is_refused_where_it_would_leave_a_matrix_out(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    found = describe(model(tmp_path / "m", {**TENSORS, name: np.ones(shape, np.float32)}))
+    assert found.unplaced == (name,)
+    with pytest.raises(ConfigError, match=f"leave out 1 matrices of this bert .* the first is {name}") as caught:
+        match_modules(found, ["all-linear"])
+    assert "dense, query" in caught.value.hint
+    assert match_modules(found, ["query"]) == ("encoder.layer.2.query", "encoder.layer.10.query")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("h.0.attn.bias", (1, 1, 8, 8)), ("mixer.conv1d.weight", (8, 1, 4)), ("mixer.A_log", (8, 4)), ("mix.time_key", (1, 1, 4))],
+)
+def test_what_is_no_linear_map_does_not_stand_in_the_way_of_all_linear(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    found = describe(model(tmp_path / "m", {**TENSORS, name: np.ones(shape, np.float32)}))
+    assert match_modules(found, ["all-linear"]) == tuple(describe(model(tmp_path / "without")).linear)
+
+
+@pytest.mark.parametrize(("model_type", "size"), [("gpt2", (4, 12)), ("openai-gpt", (4, 12)), ("gpt_bigcode", (12, 4))])
+def test_layers_stored_the_other_way_round_are_known_by_their_architecture(
+    tmp_path: Path, model_type: str, size: tuple[int, int]
+) -> None:
+    folder = model(tmp_path / "m", {"wte.weight": np.ones((3, 4)), "h.0.attn.c_attn.weight": np.ones((12, 4))})
+    (folder / "config.json").write_text(json.dumps({"n_embd": 4, "model_type": model_type}))
+    assert describe(folder).linear == {"h.0.attn.c_attn": size}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"is_encoder_decoder": True}, "encoder-decoder"), ({"quantization_config": {"quant_method": "gptq"}}, "quantised")],
+)
+def test_models_that_cannot_be_adapted_are_refused_by_their_configuration(
+    folder: Path, change: dict[str, object], reason: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(ConfigError, match=reason):
+        describe(folder)
+
+
 @pytest.mark.parametrize("target", ["uery", "", "layer", "pooler.dense", "nope", ".query"])
 def test_a_target_that_matches_nothing_is_refused_with_what_would(folder: Path, target: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The basis from the weights: optimal, orthonormal, the same bytes by other routes, no global state touched."""
+"""Both bases: orthonormal, the same bytes by other routes, no global state; from the weights optimal, at random isotropic."""
 
 from __future__ import annotations
+
+import hashlib
+import math
+import struct
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.errors import ConfigError, MachineError
 from silo import basis
-from silo.basis import GRID, digest, weights_basis
+from silo.basis import GRID, digest, factors, random_basis, weights_basis
+from tests import tiny_models
 
 
 def matrix(m: int, n: int, seed: int = 0) -> np.ndarray:
@@ -85,6 +91,115 @@ def test_lapack_that_is_not_accurate_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(basis.np.linalg, "svd", lambda w, full_matrices: [x * 1.0001 for x in exact(w, full_matrices=False)])
     with pytest.raises(MachineError, match="orthonormal"):
         weights_basis(matrix(8, 8), 2)
+
+
+# --- A public seed ---------------------------------------------------------------------------------------------------------------
+
+MODEL, NAME = bytes(range(32)), "h.0.attn.c_attn"
+
+
+def by_hand(model: bytes, name: str, shape: tuple[int, int], rank: int) -> tuple[list[list[float]], list[list[float]]]:
+    """(B transposed, A) as the docstring says it, in Python's own integers and floats, with AES in plain counter mode."""
+    return tuple(vectors(model, name, shape, letter, rank, length) for letter, length in zip("BA", shape, strict=True))
+
+
+def vectors(model: bytes, name: str, shape: tuple[int, int], letter: str, rank: int, length: int) -> list[list[float]]:
+    seed = b"siloquy/basis/random/1\0" + letter.encode() + model + struct.pack("<QQ", *shape) + name.encode()
+    cipher = Cipher(algorithms.AES(hashlib.sha256(seed).digest()), modes.CTR(bytes(15) + b"\x02")).encryptor()
+    words = struct.unpack(f"<{12 * rank * length}I", cipher.update(bytes(48 * rank * length)))
+    rows = []
+    for block in (words[12 * length * k : 12 * length * (k + 1)] for k in range(rank)):
+        rows.append([(sum(block[i::length]) - 6 * (2**32 - 1)) / 2**32 for i in range(length)])
+    for k, row in enumerate(rows):
+        norm = math.sqrt(dot(row, row))
+        row[:] = [x / norm for x in row]
+        for other in rows[k + 1 :]:
+            along = dot(other, row)
+            other[:] = [x - along * y for x, y in zip(other, row, strict=True)]
+    return [[round(x / GRID) * GRID for x in row] for row in rows]
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    """By halves: the first half takes the second onto itself until one is left."""
+    terms = [x * y for x, y in zip(left, right, strict=True)]
+    while len(terms) > 1:
+        half = (len(terms) + 1) // 2
+        terms = [x + y for x, y in zip(terms[:half], [*terms[half:], 0.0], strict=False)]
+    return terms[0]
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((7, 13), 5), ((16, 9), 9), ((1, 4), 1), ((33, 2), 2)])
+def test_the_random_basis_is_the_documented_arithmetic_to_the_last_bit(shape: tuple[int, int], rank: int) -> None:
+    b, a = random_basis(MODEL, NAME, shape, rank)
+    wanted_b, wanted_a = by_hand(MODEL, NAME, shape, rank)
+    assert b.T.tolist() == wanted_b
+    assert a.tolist() == wanted_a
+
+
+def test_the_random_basis_is_the_one_that_every_silo_computes() -> None:
+    """The same figure with numpy's AVX kernels switched off; another machine that gets another one cannot take part."""
+    found = digest({NAME: random_basis(MODEL, NAME, (2304, 768), 8)})
+    assert found.hex() == "b519ce5b5d47cd747d1192b2061022dd0c5a294e1c4e89cea1731246f4b5ed18"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+def test_the_random_basis_is_orthonormal_on_the_grid_at_every_rank(m: int, n: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, min(m, n)))
+    b, a = random_basis(MODEL, NAME, (m, n), rank)
+    assert (b.dtype, a.dtype, b.shape, a.shape) == (np.float32, np.float32, (m, rank), (rank, n))
+    wide_b, wide_a = b.astype(np.float64), a.astype(np.float64)
+    assert np.abs(wide_b.T @ wide_b - np.eye(rank)).max() <= 1e-5
+    assert np.abs(wide_a @ wide_a.T - np.eye(rank)).max() <= 1e-5
+    assert (np.round(wide_b / GRID) * GRID == wide_b).all()
+    smaller_b, smaller_a = random_basis(MODEL, NAME, (m, n), 1)
+    assert (b[:, :1] == smaller_b).all()
+    assert (a[:1] == smaller_a).all()
+
+
+def test_every_layer_model_shape_and_side_has_a_random_basis_of_its_own() -> None:
+    drawn = [random_basis(MODEL, NAME, (24, 24), 3), random_basis(MODEL, "h.1.attn.c_attn", (24, 24), 3)]
+    drawn += [random_basis(bytes(32), NAME, (24, 24), 3), random_basis(MODEL, NAME, (24, 25), 3)]
+    sides = [b.T.tobytes() for b, _ in drawn] + [a.tobytes() for _, a in drawn]
+    assert len(set(sides)) == len(sides)
+
+
+def test_the_random_basis_prefers_no_direction() -> None:
+    """The energy of a fixed vector in an r-dimensional random subspace of length n is r/n on average."""
+    many = [random_basis(MODEL, f"layer.{i}", (40, 30), 4) for i in range(200)]
+    flat = np.full(40, 40**-0.5)
+    for direction in (np.eye(40)[0], flat):
+        assert 0.09 < np.mean([np.sum((direction @ b) ** 2) for b, _ in many]) < 0.11
+    assert abs(np.mean([b.sum() for b, _ in many])) < 1.0
+
+
+def test_the_random_basis_looks_at_no_weight_and_needs_no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(basis.np.linalg, "svd")
+    monkeypatch.delattr(basis.np.linalg, "qr")
+    terms = tiny_models.terms([NAME], rank=3, basis="random")
+    ones, other = (factors(terms, NAME, np.full((48, 16), value, dtype=np.float32)) for value in (1.0, np.nan))
+    assert (ones[0] == other[0]).all()
+    assert (ones[1] == other[1]).all()
+    assert (ones[0] == random_basis(bytes.fromhex(terms.model.digest), NAME, (48, 16), 3)[0]).all()
+
+
+def test_the_contract_chooses_the_basis() -> None:
+    weight = matrix(12, 10).astype(np.float32)
+    chosen = {kind: digest({"x": factors(tiny_models.terms(["x"], basis=kind), "x", weight)}) for kind in ("weights", "random")}
+    assert chosen["weights"] == digest({"x": weights_basis(weight.astype(np.float64), 3)}) != chosen["random"]
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((4, 9), 0), ((4, 9), 5), ((4,), 1), ((4, 4, 4), 1)])
+def test_a_rank_that_no_random_basis_has_is_refused(shape: tuple[int, ...], rank: int) -> None:
+    with pytest.raises(ConfigError, match=rf"rank {rank} .*\(4,"):
+        random_basis(MODEL, NAME, shape, rank)
+
+
+def test_no_global_generator_is_touched_by_the_random_basis() -> None:
+    numpy_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    random_basis(MODEL, NAME, (20, 20), 4)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    assert torch.equal(torch.get_rng_state(), torch_before)
 
 
 def test_digest_depends_on_names_order_shapes_and_bytes() -> None:

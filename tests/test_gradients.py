@@ -30,25 +30,11 @@ from silo.gradients import (
 )
 from silo.invariance import check_invariance
 from silo.tokens import EncodedUnit
-from tests.tiny_models import MAX_LENGTH, MODULES, classifier, gradients, state, terms, unit
+from tests.tiny_models import MAX_LENGTH, MODULES, by_autograd, classifier, gradients, relative, state, terms, unit
 
 BITS = 14
-KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
+KINDS = pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K-hf"
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def by_autograd(model: Classifier, one: EncodedUnit) -> torch.Tensor:
-    """The unit's gradient by ordinary autograd, one unpadded record at a time."""
-    total = torch.zeros(model.dimension)
-    for row in one.rows:
-        single = next(pack([EncodedUnit(id="x", rows=(row,))], lambda _: 1, max_length=len(row[0])))
-        parts = torch.autograd.grad(model.row_losses(single).sum(), model.trainables())
-        total += torch.cat([part.reshape(-1) for part in parts])
-    return total
 
 
 class Core(nn.Module):
@@ -205,6 +191,12 @@ def test_order_of_arrival_is_kept_within_a_length() -> None:
     assert seen == [u.rows[0][0] for u in units]
 
 
+def test_a_unit_goes_into_the_first_batch_that_has_room_for_it() -> None:
+    units = [unit(seed, [6] * size) for seed, size in enumerate((3, 3, 2, 1, 2, 1))]
+    batches = list(pack(units, lambda _: 4, max_length=MAX_LENGTH))
+    assert [b.unit.tolist() for b in batches] == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+
+
 def test_token_types_travel_and_do_not_share_a_batch_with_units_without() -> None:
     typed, untyped = unit(1, [6], types=True), unit(2, [6])
     batches = list(pack([typed, untyped], lambda _: 2, max_length=MAX_LENGTH))
@@ -257,6 +249,16 @@ def test_non_finite_row_spoils_its_own_unit_only() -> None:
 # --- pretrained models -------------------------------------------------------------------------------------------------
 
 
+def company_changes_no_bit(model: Classifier, units: list[EncodedUnit], max_length: int) -> bool:
+    """The test at the start raises nothing; where it allows units beside each other, they get the bits they get alone.
+
+    Whether the slot in a batch matters is a property of the processor's kernels: on some machines it does, for some shapes.
+    """
+    together = check_invariance(model, lambda _: 4, max_length=max_length, most=2)
+    alone = torch.cat([gradients(model, [one], max_length=max_length) for one in units])
+    return not together or torch.equal(gradients(model, units, max_length=max_length), alone)
+
+
 def test_stories260k_gradients_and_invariance() -> None:
     if not STORIES.is_dir():
         pytest.skip(f"the pretrained model is not at {STORIES}")
@@ -267,7 +269,7 @@ def test_stories260k_gradients_and_invariance() -> None:
     found = gradients(model, units)
     for row, one in zip(found, units, strict=True):
         assert relative(row, by_autograd(model, one)) <= 1e-5
-    assert check_invariance(model, lambda _: 4, max_length=MAX_LENGTH, most=2)
+    assert company_changes_no_bit(model, units, MAX_LENGTH)
 
 
 def minilm(precision: str) -> Classifier:
@@ -286,4 +288,4 @@ def test_minilm_gradients_and_invariance_in_both_precisions() -> None:
         assert relative(row, by_autograd(exact, one)) <= 1e-5
     assert ((gradients(rounded, units) - found).norm(dim=1) / found.norm(dim=1)).max() <= 0.02
     for model in (exact, rounded):
-        assert check_invariance(model, lambda _: 4, max_length=16, most=2)
+        assert company_changes_no_bit(model, units, 16)

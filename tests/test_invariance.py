@@ -22,7 +22,7 @@ from silo.tokens import EncodedUnit
 from tests.tiny_models import MAX_LENGTH, MODULES, SIZES, classifier, encoder, gradients, terms, unit
 
 BITS = 14
-KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
+KINDS = pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 unit_lists = st.lists(st.lists(st.integers(1, MAX_LENGTH), min_size=1, max_size=4), max_size=12)
 
 MODELS = {kind: classifier(kind) for kind in MODULES}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from privacy.errors import ConfigError
 from silo.basis import weights_basis
-from silo.lora_sb import LoraSb, attach, find_linear
+from silo.lora_sb import LoraSb, attach, find_linear, matrix
 
 M, N, R = 48, 40, 6
 
@@ -68,6 +69,50 @@ def test_merged_weight_computes_the_same(dtype: torch.dtype, limit: float) -> No
     x = torch.from_numpy(draws(8, 3, 4, N)).to(dtype)
     merged = nn.functional.linear(x, adapted.merged_weight().to(dtype), adapted.base.bias)
     assert (adapted(x) - merged).abs().max() <= limit * merged.abs().max()
+
+
+def as_conv1d(linear: LoraSb) -> LoraSb:
+    """The same layer, its base stored the other way round."""
+    base = Conv1D(M, N).double()
+    base.weight.data, base.bias.data = linear.base.weight.T.clone(), linear.base.bias.clone()
+    turned = LoraSb(base, (linear.B.float().numpy(), linear.A.float().numpy()), linear.scale).double()
+    turned.R.data = linear.R.clone()
+    return turned
+
+
+def test_a_conv1d_base_computes_the_same_has_the_same_gradient_and_merges_in_its_own_orientation() -> None:
+    straight = layer(0.7, orthonormal=True)
+    turned = as_conv1d(straight)
+    assert torch.equal(matrix(turned.base), matrix(straight.base))
+    x = torch.from_numpy(draws(6, 5, 7, N))
+    for adapted in (straight, turned):
+        adapted(x).tanh().square().sum().backward()
+    assert (turned(x) - straight(x)).abs().max() <= 1e-12 * straight(x).abs().max()
+    assert (turned.R.grad - straight.R.grad).abs().max() <= 1e-12 * straight.R.grad.abs().max()
+    merged = turned.merged_weight()
+    assert merged.shape == turned.base.weight.shape == (N, M)
+    assert torch.equal(merged, straight.merged_weight().T)
+    output = turned(x)
+    turned.base.weight.data = merged
+    assert (turned.base(x) - output).abs().max() <= 1e-12 * output.abs().max()
+
+
+def test_a_model_may_look_at_the_type_of_an_adapted_layer() -> None:
+    adapted = layer(1.0, orthonormal=True)
+    assert adapted.weight is adapted.base.weight
+    assert adapted.bias is adapted.base.bias
+
+
+def test_factors_of_a_conv1d_stored_the_wrong_way_round_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs \(40, 2\) and \(2, 48\)"):
+        LoraSb(Conv1D(N, M), weights_basis(draws(1, M, N), 2), 1.0)
+
+
+def test_layers_that_are_linear_by_name_only_are_refused() -> None:
+    """The projection inside nn.MultiheadAttention is a subclass that is never called."""
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ConfigError, match="NonDynamicallyQuantizableLinear, not a plain linear layer"):
+        find_linear(attention, "out_proj")
 
 
 def small_model() -> nn.Sequential:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -254,6 +257,39 @@ def test_build_draws_every_sample_from_the_operating_system(tmp_path):
     state = at(terms.dimension)
     assert len({first(state).tobytes(), first(state).tobytes(), second(state).tobytes(), second(state).tobytes()}) == 4
     assert first._randomness == second._randomness == Randomness.from_os
+
+
+@pytest.mark.parametrize("basis", ["weights", "random"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_build_trains_alike_from_json_lines_csv_and_parquet(tmp_path, kind, basis):
+    folder = tiny_model(tmp_path / "model", kind)
+    raw = contract_bytes(
+        model={"name": str(folder), "digest": base_model.digest(folder), "hidden_size": 16},
+        adapter={"rank": 3, "modules": tiny_models.MODULES[kind], "basis": basis},
+        privacy={"lattice_bits": 14, "units": 80},
+    )
+    terms = parse(raw).terms
+    write_in_every_format(tmp_path / "r", rows(80))
+    home, steps = Home.create(tmp_path / "home"), set()
+    for name in ("r.jsonl", "r.csv", "r.parquet"):
+        config.write_commented(
+            tmp_path / "silo.toml", name="n", organisation="N", url="https://x", fingerprint="", records=name, epsilon=1,
+            delta=1e-6, compute=config.Compute(device="cpu", precision="float32"),
+        )  # fmt: skip
+        contribute = training.build(home, config.load(tmp_path / "silo.toml"), terms, randomness=lambda: Fixed({0, 3, 5}))
+        (tmp_path / "silo.toml").unlink()
+        steps.add(contribute(at(terms.dimension)).tobytes())
+    assert len(steps) == 1
+    assert any(steps.pop())
+
+
+def write_in_every_format(stem, records):
+    write_rows(stem.with_suffix(".jsonl"), records)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), stem.with_suffix(".parquet"))
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def test_cuda_gets_deterministic_kernels_or_an_error(monkeypatch):
