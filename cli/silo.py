@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``silo``: init, join, train, status, budget, eval. Each command reads its folder, calls the silo wing and prints."""
+"""``silo``: init, join, train, status, budget, eval, export. Each command reads its folder, calls the silo wing and prints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from cli.errors import run
 from cli.options import HERE, SETTINGS, Json, SiloHome
+from privacy import lifeline
 
 app = typer.Typer(
     name="silo",
@@ -109,7 +110,7 @@ def train(
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
-    """Take part in rounds: one private step on own records each, masked before it leaves.
+    """Take part in rounds: private steps on own records, masked before anything leaves.
 
     Started again after any interruption it goes on where it stopped.
 
@@ -152,9 +153,9 @@ def status(home: SiloHome = HERE, json: Json = False) -> None:
       silo status --json
     """
     from cli.output import Output
-    from silo import commands
+    from silo import reading
 
-    facts = commands.status(home)
+    facts = reading.status(home)
     Output(json=json).result(facts, [f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()])
 
 
@@ -172,9 +173,9 @@ def budget(
       silo budget --forecast 20
     """
     from cli.output import Output, bar, table
-    from silo import commands
+    from silo import reading
 
-    facts = commands.budget(home, forecast)
+    facts = reading.budget(home, forecast)
     picture = bar(facts["epsilon"], facts["limit"])
     by_pld = "not computed" if facts["epsilon_pld"] is None else f"{facts['epsilon_pld']:.4g}"
     lines = [
@@ -205,9 +206,9 @@ def evaluate(
       silo eval --records held-out.jsonl --private-head north.jsonl --private-head south.jsonl
     """
     from cli.output import Output
-    from silo import commands
+    from silo import reading
 
-    facts = commands.evaluate(home, records, tuple(private_head or ()), threads=threads)
+    facts = reading.evaluate(home, records, tuple(private_head or ()), threads=threads)
     lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
     if facts.get("accuracy_head") is not None:
         tried = f"best of {facts['head_models']} step sizes, each at the same epsilon, charged to no ledger"
@@ -215,8 +216,40 @@ def evaluate(
     Output(json=json).result(facts, lines)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is not there yet, or is empty")],
+    base: Annotated[
+        str,
+        typer.Option(help="the base model's hub name or folder, for whoever loads the adapter; the contract's name unless given"),
+    ] = "",
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> None:
+    """Write the federation's model as a PEFT adapter, which transformers and peft load without Siloquy.
+
+    It costs no privacy: the model is released already. DIR appears whole or not at all; its README.md has the code that loads it.
+
+    \b
+    Examples:
+      silo export adapter
+      silo export adapter --base sentence-transformers/all-MiniLM-L6-v2
+    """
+    from cli.output import Output
+    from silo import reading
+
+    facts = reading.export(home, folder, base)
+    lines = [
+        f"adapter in {folder}: round {facts['round']}, model {facts['model_digest']}",
+        f"epsilon {facts['epsilon']:.4g} at delta {facts['delta']:g}; the export costs nothing",
+        f"next: {folder / 'README.md'} has the code that loads it",
+    ]
+    Output(json=json).result(facts, lines)
+
+
 def main() -> None:
     """Entry point of the ``silo`` command."""
+    lifeline.watch()
     raise SystemExit(run(app))
 
 

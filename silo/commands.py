@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ``silo`` commands do, without the words: a home in, facts out.
+"""What the ``silo`` commands do that change something, without the words: a home in, facts out. ``silo.reading`` has the rest.
 
 The one place that puts a silo's parts together: home, identity, ledger, gate, transport, contribution. Nothing is decided here.
 torch is loaded only by the functions that compute.
@@ -8,26 +8,22 @@ torch is loaded only by the functions that compute.
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from privacy import keys
-from privacy.accounting import Certificate
-from privacy.budget import Account, Gate, Limits
+from privacy.budget import Gate
 from privacy.errors import ConfigError, LedgerBroken
 from privacy.federation import Accepted, Member, mechanism
-from privacy.ledger import History, Ledger
+from privacy.ledger import Ledger, is_begun
 from silo import config, membership
 from silo.home import Home
 from silo.participation import participate
+from silo.reading import limits, opened, verifier
 from silo.round import Parts, Settled
 from silo.settlement import load_progress
 from silo.transport import HttpTransport
@@ -63,29 +59,39 @@ def create(
         MachineError: the folder cannot be written.
     """
     home = Home.create(root)
-    config.write_commented(
-        home.config_path,
-        name=name,
-        organisation=organisation,
-        url=url,
-        fingerprint=fingerprint,
-        records=str(records.absolute()),
-        epsilon=epsilon,
-        delta=delta,
-        model=str(Path(model).absolute()) if model else "",
-    )
-    identity = (
+    with home.locked():
+        config.write_commented(
+            home.config_path,
+            name=name,
+            organisation=organisation,
+            url=url,
+            fingerprint=fingerprint,
+            records=str(records.absolute()),
+            epsilon=epsilon,
+            delta=delta,
+            model=str(Path(model).absolute()) if model else "",
+        )
+        identity = _identity(home, name)
+        keys.write_public(home.public_path, identity, organisation)
+        _begin_ledger(home, identity)
+    return Created(public_path=home.public_path, fingerprint=keys.fingerprint(identity.public))
+
+
+def _identity(home: Home, name: str) -> keys.Identity:
+    return (
         keys.load(home.identity_path) if home.identity_path.exists() else keys.create(home.identity_path, name=name, receives=False)
     )
-    keys.write_public(home.public_path, identity, organisation)
-    if not home.ledger_path.exists():
+
+
+def _begin_ledger(home: Home, identity: keys.Identity) -> None:
+    """The ledger's first entry, unless it stands. Raises LedgerBroken when this silo took part before and its ledger is gone."""
+    if not is_begun(home.ledger_path):
         if home.promised_rounds() or home.state_path.exists():
             raise LedgerBroken(
                 f"{home.ledger_path.name} is missing, this silo took part in round {max(home.promised_rounds(), default=0)}",
                 hint="restore the newest copy of the ledger, never start a new one",
             )
-        Ledger.create(home.ledger_path, who=name, sign=identity.sign, verify=_verify(identity), clock=time.time).close()
-    return Created(public_path=home.public_path, fingerprint=keys.fingerprint(identity.public))
+        Ledger.create(home.ledger_path, who=identity.name, sign=identity.sign, verify=verifier(identity), clock=time.time).close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,7 @@ def joining(root: Path, fingerprint: str) -> Iterator[Visit]:
         ConfigError: no fingerprint anywhere.
         SiloquyError: as ``silo.membership``.
     """
-    home, settings = _opened(root)
+    home, settings = opened(root)
     expected = fingerprint or settings.aggregator.fingerprint
     if not expected:
         raise ConfigError(
@@ -156,7 +162,7 @@ class Session:
     @property
     def rounds_left(self) -> int:
         """How many attempts the plan has left."""
-        return self._gate.steps_left
+        return self._gate.attempts_left
 
     def take_part(self, rounds: int) -> Iterator[Report]:
         """Each of the next ``rounds`` rounds as it is settled. Raises as ``silo.participation.participate``."""
@@ -194,7 +200,7 @@ def training(root: Path) -> Iterator[Session]:
     """Everything ``silo train`` needs, checked before a round is waited for: signatures, ledger, model, records, layout."""
     from silo import training as learning
 
-    home, settings = _opened(root)
+    home, settings = opened(root)
     identity = keys.load(home.identity_path)
     accepted, member = membership.joined(home, identity, now=datetime.now(UTC))
     terms = accepted.terms
@@ -221,7 +227,7 @@ def dry_run(root: Path) -> dict[str, Any]:
     """One step on this machine whose result is thrown away: seconds, memory, device. Nothing is charged or sent."""
     from silo import training as learning
 
-    home, settings = _opened(root)
+    home, settings = opened(root)
     accepted, _ = membership.joined(home, keys.load(home.identity_path), now=datetime.now(UTC))
     with home.locked():
         found = learning.build(home, settings, accepted.terms).dry_run(load_progress(home, accepted).state)
@@ -231,80 +237,6 @@ def dry_run(root: Path) -> dict[str, Any]:
         "device": found.device,
         "precision": found.precision,
     }
-
-
-def status(root: Path) -> dict[str, Any]:
-    """Who this silo is, what it joined, and the state it has reached."""
-    home, settings = _opened(root)
-    identity = keys.load(home.identity_path)
-    facts: dict[str, Any] = {"name": settings.name, "fingerprint": keys.fingerprint(identity.public), "joined": False}
-    try:
-        accepted, member = membership.joined(home, identity, now=datetime.now(UTC))
-    except ConfigError:
-        return facts
-    progress = load_progress(home, accepted)
-    spent = _account(home, identity, accepted, settings).spent()
-    return {
-        **facts,
-        "joined": True,
-        "federation": accepted.terms.name,
-        "member": member.id,
-        "contract": accepted.digest.hex(),
-        "round": progress.round,
-        "rounds_planned": accepted.terms.training.rounds,
-        "epsilon": spent.epsilon,
-        "epsilon_pld": _by_pld(spent),
-        "delta": spent.delta,
-        "limit": settings.limits.epsilon,
-        "model_digest": progress.state.digest.hex(),
-    }
-
-
-def budget(root: Path, forecast: int) -> dict[str, Any]:
-    """What the ledger has charged, against the silo's limits, and what ``forecast`` more rounds would bring it to."""
-    home, settings = _opened(root)
-    identity = keys.load(home.identity_path)
-    accepted, _ = membership.joined(home, identity, now=datetime.now(UTC))
-    account = _account(home, identity, accepted, settings)
-    spent = account.spent()
-    ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
-    return {
-        "epsilon": spent.epsilon,
-        "epsilon_pld": _by_pld(spent),
-        "epsilon_rdp": spent.epsilon_rdp,
-        "delta": spent.delta,
-        "limit": settings.limits.epsilon,
-        "left": account.left,
-        "steps": accepted.terms.training.rounds - account.steps_left,
-        "steps_left": account.steps_left,
-        "forecast": [{"rounds": rounds, "epsilon": epsilon} for rounds, epsilon in account.forecast(ahead)],
-    }
-
-
-def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
-    """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
-    from silo import evaluation
-
-    home, settings = _opened(root)
-    accepted, _ = membership.joined(home, keys.load(home.identity_path), now=datetime.now(UTC))
-    progress = load_progress(home, accepted)
-    compute = settings.compute if threads is None else msgspec.structs.replace(settings.compute, threads=threads)
-    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute)
-    facts: dict[str, Any] = {
-        "accuracy_before": evaluation.evaluate(bench, None, records),
-        "accuracy_after": evaluation.evaluate(bench, progress.state, records),
-        "rounds": progress.round,
-        "model_digest": progress.state.digest.hex(),
-    }
-    if private_head:
-        facts["accuracy_head"] = evaluation.private_head(bench, private_head, records)
-        facts["head_models"] = len(evaluation.HEAD_RATES)
-    return facts
-
-
-def _opened(root: Path) -> tuple[Home, config.Config]:
-    home = Home(root)
-    return home, config.load(home.config_path)
 
 
 @contextlib.contextmanager
@@ -318,10 +250,13 @@ def _transport(settings: config.Config) -> Iterator[HttpTransport]:
 
 @contextlib.contextmanager
 def _gate(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Iterator[Gate]:
-    ledger = Ledger.open(home.ledger_path, sign=identity.sign, verify=_verify(identity), clock=time.time)
+    ledger = Ledger.open(home.ledger_path, sign=identity.sign, verify=verifier(identity), clock=time.time)
     try:
         _check_promises(home, ledger, accepted.digest.hex())
-        yield Gate(ledger, _limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
+        yield Gate(
+            ledger, limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex(),
+            steps_per_attempt=accepted.terms.training.steps_per_round,
+        )  # fmt: skip
     finally:
         ledger.close()
 
@@ -336,24 +271,3 @@ def _check_promises(home: Home, ledger: Ledger, contract: str) -> None:
                 code="ledger-behind",
                 round=number,
             )
-
-
-def _account(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Account:
-    history = History.read(home.ledger_path, verify=_verify(identity))
-    return Account(history, _limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex())
-
-
-def _limits(settings: config.Config, accepted: Accepted) -> Limits:
-    """The silo's limits in the contract's delta, which is the smaller one: the ledger's figures are then those of the report."""
-    own = settings.limits
-    return Limits(epsilon=own.epsilon, delta=min(own.delta, accepted.terms.privacy.delta), filter_delta=own.delta)
-
-
-def _by_pld(spent: Certificate) -> float | None:
-    """The PLD figure, or None where none was computed: JSON has no infinity."""
-    return spent.epsilon_pld if math.isfinite(spent.epsilon_pld) else None
-
-
-def _verify(identity: keys.Identity) -> Callable[[bytes, bytes], None]:
-    """Checks signatures of this identity."""
-    return functools.partial(keys.verify_signature, identity.public.sign_key)

@@ -65,9 +65,7 @@ def terms_in_words(accepted: Accepted) -> list[str]:
         f"base model: {terms.model.name}, digest {terms.model.digest[:16]}…",
         f"trained: {terms.dimension} numbers, rank {terms.adapter.rank}",
         f"privacy unit: {_unit(terms)}; adding or removing one is hidden up to epsilon {plan.epsilon:g} at delta {plan.delta:g}",
-        f"over {terms.training.rounds} rounds, against the aggregator together with {plan.colluders} of the {terms.silos} silos",
-        f"each round samples units at rate {plan.sampling_rate:g} and clips at norm {plan.max_grad_norm:g}",
-        f"noise multiplier {plan.noise_multiplier:g}, shared among the silos",
+        *_rounds_in_words(terms),
         f"what leaves this silo: one masked vector of {4 * terms.dimension} bytes a round, and signed protocol messages",
         "what never leaves: records, labels, counts, losses, and any unmasked vector",
         "a sum is opened only when every silo has signed for exactly that sum",
@@ -106,7 +104,8 @@ def check_expiry(accepted: Accepted, now: datetime.datetime) -> None:
 def check_limits(accepted: Accepted, limits: Limits) -> float:
     """The declared plan's certified epsilon at this silo's delta, refused when it is above the silo's limit.
 
-    The figure is the one the plan guarantees: against the aggregator and ``colluders`` silos, all rounds, from nothing spent.
+    The figure is the one the plan guarantees: against the aggregator and ``colluders`` silos (in local mode: against everyone),
+    all rounds, from nothing spent.
     The gate composes it with what the ledger holds already.
 
     Raises:
@@ -239,18 +238,31 @@ def verify_all_countersigned(transport: Transport, accepted: Accepted, *, home: 
 
 
 def joined(home: Home, identity: keys.Identity, *, now: datetime.datetime) -> tuple[Accepted, Member]:
-    """The contract this silo has joined, verified again from the kept bytes, and which member it is.
+    """The contract under which this silo may train, and which member it is: ``countersigned``, and not expired.
 
     Raises:
         ConfigError: the silo has joined none.
-        TrustError: the kept bytes are damaged or expired, or this silo's own countersignature is missing.
+        TrustError: the contract expired, or as ``countersigned``.
+    """
+    accepted, member = countersigned(home, identity)
+    check_expiry(accepted, now)
+    return accepted, member
+
+
+def countersigned(home: Home, identity: keys.Identity) -> tuple[Accepted, Member]:
+    """The contract this silo countersigned, verified again from the kept bytes, and which member it is.
+
+    Also after it expired: that is enough to read what the silo has. To train it must be ``joined``.
+
+    Raises:
+        ConfigError: the silo has joined none.
+        TrustError: the kept bytes are damaged, or the countersignature is not this silo's.
     """
     kept = home.contract()
     if kept is None:
         raise ConfigError("this silo has joined no federation", hint="run `silo join` first", code="not-joined")
     accepted = open_contract(kept[1])
     member = own_member(accepted, identity)
-    check_expiry(accepted, now)
     signed = home.countersignature(accepted.terms.version, member.id)
     if signed is None:
         raise ConfigError(f"contract version {kept[0]} is not countersigned here", hint="run `silo join` again", code="not-joined")
@@ -296,6 +308,22 @@ def _unit(terms: Contract) -> str:
     plan = terms.privacy
     records = "" if plan.unit == "record" else f", at most {plan.max_records_per_unit} records each"
     return ("one record" if plan.unit == "record" else f"one value of {plan.unit}") + records
+
+
+def _rounds_in_words(terms: Contract) -> list[str]:
+    """What a round is, against whom epsilon holds, and whose noise it rests on."""
+    plan, training = terms.privacy, terms.training
+    if training.mode == "local":
+        return [
+            f"over {training.rounds} rounds of {training.steps_per_round} steps that this silo takes alone, against everyone",
+            f"each step samples units at rate {plan.sampling_rate:g} and clips at norm {plan.max_grad_norm:g}",
+            f"noise multiplier {plan.noise_multiplier:g}, in full by this silo at each step; the silos' changes are averaged",
+        ]
+    return [
+        f"over {training.rounds} rounds, against the aggregator together with {plan.colluders} of the {terms.silos} silos",
+        f"each round samples units at rate {plan.sampling_rate:g} and clips at norm {plan.max_grad_norm:g}",
+        f"noise multiplier {plan.noise_multiplier:g}, shared among the silos",
+    ]
 
 
 def _some(labels: tuple[str, ...]) -> str:

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ``silo`` commands do that only read: where a silo stands, what it spent, how good its model is, the model itself.
+
+Promised: nothing in the home changes, no network is touched but to fetch a base model that is not on this machine, and a contract
+that has expired hinders none of it. torch is loaded only by the functions that compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from privacy import files, keys
+from privacy.accounting import Certificate
+from privacy.budget import Account, Limits
+from privacy.errors import ConfigError
+from privacy.federation import Accepted, mechanism
+from privacy.ledger import History
+from silo import config, membership
+from silo.card import Origin
+from silo.home import Home
+from silo.settlement import load_progress
+
+
+def status(root: Path) -> dict[str, Any]:
+    """Who this silo is, what it joined, and the state it has reached."""
+    home, settings = opened(root)
+    identity = keys.load(home.identity_path)
+    facts: dict[str, Any] = {"name": settings.name, "fingerprint": keys.fingerprint(identity.public), "joined": False}
+    try:
+        accepted, member = membership.countersigned(home, identity)
+    except ConfigError:
+        return facts
+    progress = load_progress(home, accepted)
+    spent = _account(home, identity, accepted, settings).spent()
+    return {
+        **facts,
+        "joined": True,
+        "federation": accepted.terms.name,
+        "member": member.id,
+        "contract": accepted.digest.hex(),
+        "expires": accepted.terms.expires,
+        "round": progress.round,
+        "mode": accepted.terms.training.mode,
+        "rounds_planned": accepted.terms.training.rounds,
+        "steps_per_round": accepted.terms.training.steps_per_round,
+        "epsilon": spent.epsilon,
+        "epsilon_pld": _by_pld(spent),
+        "delta": spent.delta,
+        "limit": settings.limits.epsilon,
+        "model_digest": progress.state.digest.hex(),
+    }
+
+
+def budget(root: Path, forecast: int) -> dict[str, Any]:
+    """What the ledger has charged, against the silo's limits, and what ``forecast`` more rounds would bring it to."""
+    home, settings = opened(root)
+    identity = keys.load(home.identity_path)
+    accepted, _ = membership.countersigned(home, identity)
+    account = _account(home, identity, accepted, settings)
+    spent = account.spent()
+    ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
+    return {
+        "epsilon": spent.epsilon,
+        "epsilon_pld": _by_pld(spent),
+        "epsilon_rdp": spent.epsilon_rdp,
+        "delta": spent.delta,
+        "limit": settings.limits.epsilon,
+        "left": account.left,
+        "steps": accepted.terms.steps - account.steps_left,
+        "steps_left": account.steps_left,
+        "steps_per_round": accepted.terms.training.steps_per_round,
+        "rounds_left": account.attempts_left,
+        "forecast": [{"rounds": rounds, "epsilon": epsilon} for rounds, epsilon in account.forecast(ahead)],
+    }
+
+
+def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
+    """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
+    from silo import evaluation
+
+    home, settings = opened(root)
+    accepted, _ = membership.countersigned(home, keys.load(home.identity_path))
+    progress = load_progress(home, accepted)
+    compute = settings.compute if threads is None else msgspec.structs.replace(settings.compute, threads=threads)
+    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute)
+    facts: dict[str, Any] = {
+        "accuracy_before": evaluation.evaluate(bench, None, records),
+        "accuracy_after": evaluation.evaluate(bench, progress.state, records),
+        "rounds": progress.round,
+        "model_digest": progress.state.digest.hex(),
+    }
+    if private_head:
+        facts["accuracy_head"] = evaluation.private_head(bench, private_head, records)
+        facts["head_models"] = len(evaluation.HEAD_RATES)
+    return facts
+
+
+def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
+    """The reached model as a PEFT adapter in ``folder``, which appears whole or not at all; see ``silo.export``.
+
+    Costs nothing: the state is released, and what is made of it alone is as private as it is.
+
+    Args:
+        base: how the adapter names the base model: a hub name, or a folder where the adapter is used; the contract's when empty.
+
+    Raises:
+        ConfigError: there is something in ``folder``, or a model of this kind cannot be exported.
+    """
+    from silo import evaluation
+    from silo.export import adapter
+
+    home, settings = opened(root)
+    identity = keys.load(home.identity_path)
+    accepted, member = membership.countersigned(home, identity)
+    _check_target(folder, base)
+    progress = load_progress(home, accepted)
+    spent = _account(home, identity, accepted, settings).spent()
+    origin = Origin(
+        accepted=accepted, silo=member.name, round=progress.round, state=progress.state, spent=spent,
+        base=base or accepted.terms.model.name,
+    )  # fmt: skip
+    exact = msgspec.structs.replace(settings.compute, device="cpu", precision="float32")
+    contents = adapter(evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact), origin)
+    files.write_folder(folder.resolve(), contents)
+    return {
+        "path": str(folder),
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())},
+        "round": progress.round,
+        "model_digest": progress.state.digest.hex(),
+        "epsilon": spent.epsilon,
+        "delta": spent.delta,
+    }
+
+
+def _check_target(folder: Path, base: str) -> None:
+    """Raises ConfigError unless ``folder`` is not there or empty, and ``base`` is printable: it goes into the adapter's code."""
+    if not base.isprintable():
+        raise ConfigError(f"the base model's name is {base!a}", hint="give a hub name or a folder that can be printed", code="base")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder} is not an empty folder", hint="name a new one: an export never overwrites", code="folder-exists"
+        )
+
+
+def opened(root: Path) -> tuple[Home, config.Config]:
+    """The silo's home in ``root``, and its configuration. Raises ConfigError when there is none."""
+    home = Home(root)
+    return home, config.load(home.config_path)
+
+
+def limits(settings: config.Config, accepted: Accepted) -> Limits:
+    """The silo's limits in the contract's delta, which is the smaller one: the ledger's figures are then those of the report."""
+    own = settings.limits
+    return Limits(epsilon=own.epsilon, delta=min(own.delta, accepted.terms.privacy.delta), filter_delta=own.delta)
+
+
+def verifier(identity: keys.Identity) -> Callable[[bytes, bytes], None]:
+    """Checks signatures of this identity."""
+    return functools.partial(keys.verify_signature, identity.public.sign_key)
+
+
+def _account(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Account:
+    history = History.read(home.ledger_path, verify=verifier(identity))
+    return Account(
+        history, limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex(),
+        steps_per_attempt=accepted.terms.training.steps_per_round,
+    )  # fmt: skip
+
+
+def _by_pld(spent: Certificate) -> float | None:
+    """The PLD figure, or None where none was computed: JSON has no infinity."""
+    return spent.epsilon_pld if math.isfinite(spent.epsilon_pld) else None
