@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's facts: from a contract and the rounds that the aggregator saw to one frozen ``Report``.
 
-Every epsilon comes from ``privacy.accounting.certify``; this module chooses what is asked, never how it is answered. A silo
-is charged one step for every round in which its upload arrived, void and open rounds too. That is the aggregator's count: a silo
-charges each attempt in its own ledger, which is the authority and may stand higher. What nobody recorded has no field.
+Every epsilon comes from ``aggregator.figures``; this module chooses what is asked, never how it is answered. A silo is charged
+for every round in which its upload arrived, void and open rounds too: one step in joint mode, ``steps_per_round`` in local mode.
+That is the aggregator's count: a silo charges each attempt in its own ledger, which is the authority and may stand higher. What
+nobody recorded has no field.
 
 The schema is ``siloquy-report/1`` (docs/reference/report.md): fields are added, never renamed, under the same number.
 """
@@ -12,19 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
-from aggregator import wording
-from aggregator.wording import Assumption, Check, Fact, Item, Parameter
-from privacy import accounting, federation, keys
+from aggregator import assumptions, wording
+from aggregator.assumptions import Assumption
+from aggregator.figures import Curve, Figure, Natural
+from aggregator.wording import Check, Fact, Item, Parameter
+from privacy import federation, keys
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, Hex32
-from privacy.mechanism import LatticeGaussian, adversaries
+from privacy.mechanism import LatticeGaussian
 
 Scalar = str | int | float | bool | None
-Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 SCHEMA: Literal["siloquy-report/1"] = "siloquy-report/1"
 FALSE_POSITIVE_RATES = (0.001, 0.01)
@@ -55,21 +57,13 @@ class Federation(Fact, frozen=True, kw_only=True):
     name: str
     version: int
     mode: str
+    steps_per_round: Natural
     expires: str
     contract_digest: Hex32
     previous_digest: str
     model: str
     model_digest: Hex32
     state_digest: Hex32
-
-
-class Figure(Fact, frozen=True, kw_only=True):
-    """Epsilon after so many steps. ``epsilon`` is certified; ``epsilon_pld`` is null where no PLD was computed."""
-
-    steps: Natural
-    epsilon: float
-    epsilon_pld: float | None
-    epsilon_rdp: float
 
 
 class Adversary(Fact, frozen=True, kw_only=True):
@@ -187,7 +181,7 @@ def facts(
         still_open: silos whose upload to a round that has not ended is here; it is charged, and not among ``rounds``.
 
     Formal guarantees: every epsilon equals ``accounting.certify`` of the contract's mechanism at the stated steps and shares;
-    a silo's steps are the number of rounds, void ones and an open one included, that hold an upload of it.
+    a silo's rounds are those, void ones and an open one included, that hold an upload of it.
 
     Raises:
         ConfigError: round numbers do not ascend, or a participant is no member or stands twice.
@@ -195,10 +189,10 @@ def facts(
     """
     terms = accepted.terms
     _check_rounds(terms, rounds)
-    curve = _Curve(terms)
-    silos = tuple(_silo(curve, member, _steps(rounds, member.id) + (member.id in still_open)) for member in terms.member)
+    curve = Curve(terms)
+    silos = tuple(_silo(curve, member, _charged(rounds, member.id) + (member.id in still_open)) for member in terms.member)
     simulated = (extra or {}).get("simulated") is True
-    most = max(silo.spent.steps for silo in silos)
+    most = max(silo.spent.rounds for silo in silos)
     spent, plan = curve(most), curve(terms.training.rounds)
     profile = tuple(_profile_point(curve, delta, most) for delta in _deltas(terms))
     odds = tuple(_odds(rate, profile, most) for rate in FALSE_POSITIVE_RATES)
@@ -208,7 +202,7 @@ def facts(
         federation=_federation(accepted, state_digest),
         summary=wording.summary(
             terms,
-            steps=most,
+            rounds=most,
             epsilon=spent.epsilon,
             rounds_left=min(silo.rounds_left for silo in silos),
             odds=(odds[0].false_positive_rate, odds[0].spent),
@@ -225,11 +219,11 @@ def facts(
         mechanism=wording.parameters(terms, simulated=simulated),
         accounting=Accounting(event=federation.mechanism(terms), spent=spent, plan=plan, profile=profile),
         silos=silos,
-        burn_down=tuple(curve(steps) for steps in _grid(most, terms.training.rounds)),
+        burn_down=tuple(curve(count) for count in _grid(most, terms.training.rounds)),
         composition=wording.composition(terms, simulated=simulated),
         traffic=_traffic(terms, rounds, upload_bytes, lora_bytes),
         rounds=tuple(rounds),
-        assumptions=wording.assumptions(terms, simulated=simulated),
+        assumptions=assumptions.of(terms, simulated=simulated),
         software=dict(software),
         aggregator_fingerprint=_coordinator(terms),
         consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)),
@@ -254,38 +248,6 @@ def true_positive_bound(false_positive_rate: float, profile: Iterable[tuple[floa
     return min(bounds)
 
 
-class _Curve:
-    """Figures of one contract's mechanism; each (delta, shares, steps) is certified once."""
-
-    def __init__(self, terms: Contract) -> None:
-        self.terms = terms
-        self._known: dict[tuple[float, int, int], Figure] = {}
-
-    def __call__(self, steps: int, *, delta: float | None = None, shares: int | None = None) -> Figure:
-        """The figure after ``steps`` steps; by default at the contract's delta against the insiders."""
-        key = (delta or self.terms.privacy.delta, shares or self.terms.shares, steps)
-        if key not in self._known:
-            self._known[key] = self._certified(*key)
-        return self._known[key]
-
-    def _certified(self, delta: float, shares: int, steps: int) -> Figure:
-        if steps == 0:
-            return Figure(steps=0, epsilon=0.0, epsilon_pld=0.0, epsilon_rdp=0.0)
-        bound = accounting.certify([federation.mechanism(self.terms, shares=shares, steps=steps)], delta)
-        pld = bound.epsilon_pld if math.isfinite(bound.epsilon_pld) else None
-        return Figure(steps=steps, epsilon=bound.epsilon, epsilon_pld=pld, epsilon_rdp=bound.epsilon_rdp)
-
-    def rounds_within(self, limit: float) -> int:
-        """The largest number of steps of the declared plan whose epsilon is at most ``limit``."""
-        low, high = 0, self.terms.training.rounds
-        if self(high).epsilon <= limit:
-            return high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self(middle).epsilon <= limit else (low, middle)
-        return low
-
-
 def _check_rounds(terms: Contract, rounds: Sequence[RoundFacts]) -> None:
     numbers = [each.number for each in rounds]
     if numbers != sorted(set(numbers)):
@@ -302,7 +264,7 @@ def _check_rounds(terms: Contract, rounds: Sequence[RoundFacts]) -> None:
             )
 
 
-def _steps(rounds: Sequence[RoundFacts], silo: int) -> int:
+def _charged(rounds: Sequence[RoundFacts], silo: int) -> int:
     return sum(silo in each.participants for each in rounds)
 
 
@@ -312,6 +274,7 @@ def _federation(accepted: Accepted, state_digest: str) -> Federation:
         name=terms.name,
         version=terms.version,
         mode=terms.training.mode,
+        steps_per_round=terms.training.steps_per_round,
         expires=terms.expires,
         contract_digest=accepted.digest.hex(),
         previous_digest=terms.previous,
@@ -321,16 +284,16 @@ def _federation(accepted: Accepted, state_digest: str) -> Federation:
     )
 
 
-def _adversaries(curve: _Curve, steps: int) -> tuple[Adversary, ...]:
+def _adversaries(curve: Curve, rounds: int) -> tuple[Adversary, ...]:
     terms = curve.terms
-    seen = adversaries(federation.mechanism(terms), silos=terms.silos, colluders=terms.privacy.colluders)
+    seen = federation.adversaries(terms)
     return tuple(
         Adversary(
             name=name,
             who=wording.adversary(name, terms),
             shares=seen[name].shares,
             effective_noise_multiplier=seen[name].effective_noise_multiplier,
-            spent=curve(steps, shares=seen[name].shares),
+            spent=curve(rounds, shares=seen[name].shares),
             plan=curve(terms.training.rounds, shares=seen[name].shares),
         )
         for name in _ADVERSARIES
@@ -344,19 +307,19 @@ def _deltas(terms: Contract) -> list[float]:
     return sorted({terms.privacy.delta, *PROFILE_DELTAS})
 
 
-def _profile_point(curve: _Curve, delta: float, steps: int) -> ProfilePoint:
+def _profile_point(curve: Curve, delta: float, rounds: int) -> ProfilePoint:
     plan = curve(curve.terms.training.rounds, delta=delta)
-    return ProfilePoint(delta=delta, spent=curve(steps, delta=delta).epsilon, plan=plan.epsilon)
+    return ProfilePoint(delta=delta, spent=curve(rounds, delta=delta).epsilon, plan=plan.epsilon)
 
 
-def _odds(rate: float, profile: Sequence[ProfilePoint], steps: int) -> Odds:
-    spent = [(point.spent, point.delta) for point in profile] if steps else [(0.0, 0.0)]
+def _odds(rate: float, profile: Sequence[ProfilePoint], rounds: int) -> Odds:
+    spent = [(point.spent, point.delta) for point in profile] if rounds else [(0.0, 0.0)]
     plan = [(point.plan, point.delta) for point in profile]
     return Odds(false_positive_rate=rate, spent=true_positive_bound(rate, spent), plan=true_positive_bound(rate, plan))
 
 
-def _silo(curve: _Curve, member: federation.Member, steps: int) -> SiloBudget:
-    limit, spent = curve.terms.privacy.epsilon, curve(steps)
+def _silo(curve: Curve, member: federation.Member, rounds: int) -> SiloBudget:
+    limit, spent = curve.terms.privacy.epsilon, curve(rounds)
     public = keys.PublicIdentity(name=member.name, sign_key=bytes.fromhex(member.sign_key))
     return SiloBudget(
         silo=member.id,
@@ -366,7 +329,7 @@ def _silo(curve: _Curve, member: federation.Member, steps: int) -> SiloBudget:
         spent=spent,
         limit=limit,
         left=max(0.0, limit - spent.epsilon),
-        rounds_left=max(0, curve.rounds_within(limit) - steps),
+        rounds_left=max(0, curve.rounds_within(limit) - rounds),
     )
 
 
@@ -383,11 +346,11 @@ def _traffic(terms: Contract, rounds: Sequence[RoundFacts], upload_bytes: int, l
         lora_bytes=lora_bytes,
         received_bytes=sum(each.bytes_in for each in rounds),
         left=wording.what_left(terms, upload_bytes),
-        stayed=wording.what_stayed(),
+        stayed=wording.what_stayed(terms),
     )
 
 
 def _grid(spent: int, planned: int) -> list[int]:
-    """Step counts for the burn-down: 0, now, the plan's end, and at most a dozen between them."""
+    """Round counts for the burn-down: 0, now, the plan's end, and at most a dozen between them."""
     last = max(spent, planned)
     return sorted({0, min(1, last), spent, planned, *(round(last * k / _BURN_DOWN_POINTS) for k in range(_BURN_DOWN_POINTS + 1))})

@@ -21,7 +21,8 @@ import jinja2
 import msgspec
 
 from aggregator import charts, wording
-from aggregator.compliance import Figure, Report, Scalar, SiloBudget
+from aggregator.compliance import Report, Scalar, SiloBudget
+from aggregator.figures import Figure
 from privacy import files
 from privacy.errors import MachineError, TrustError
 
@@ -49,6 +50,7 @@ def write(report: Report, folder: Path, *, sign: Callable[[bytes], bytes]) -> tu
     signature = sign(signing_input(data)).hex().encode() + b"\n"
     _make_folder(folder)
     for path, content in zip(files_of_record, (data, signature, page.encode()), strict=True):
+        files.sweep(path)
         files.write_atomic(path, content)
     return files_of_record[0], files_of_record[2]
 
@@ -147,12 +149,12 @@ def _pictures(report: Report) -> dict[str, str | list[str]]:
 
 def _burn_down(report: Report, *, key: str, width: int) -> str:
     limit = report.silos[0].limit
-    by_rdp = tuple((float(each.steps), each.epsilon_rdp) for each in report.burn_down)
-    by_pld = tuple((float(each.steps), each.epsilon_pld) for each in report.burn_down if each.epsilon_pld is not None)
+    by_rdp = tuple((float(each.rounds), each.epsilon_rdp) for each in report.burn_down)
+    by_pld = tuple((float(each.rounds), each.epsilon_pld) for each in report.burn_down if each.epsilon_pld is not None)
     lines = [charts.Line(label=f"RDP {wording.up(by_rdp[-1][1])}", points=by_rdp, style="second")]
     if len(by_pld) > 1:
         lines.append(charts.Line(label=f"PLD {wording.up(by_pld[-1][1])}", points=by_pld, style="first"))
-    now = report.accounting.spent.steps
+    now = report.accounting.spent.rounds
     return charts.line_chart(
         lines,
         limit=limit,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import Literal
 
 import msgspec
 
@@ -40,15 +39,6 @@ class Item(Fact, frozen=True, kw_only=True):
     what: str
     form: str
     reader: str
-
-
-class Assumption(Fact, frozen=True, kw_only=True):
-    """Something the figures rest on. ``guarantee``: without it there is none; ``figure``: it grows; ``scope``: not covered."""
-
-    id: str
-    severity: Literal["guarantee", "figure", "scope"]
-    text: str
-    if_wrong: str
 
 
 class Check(Fact, frozen=True, kw_only=True):
@@ -115,11 +105,22 @@ def insiders(terms: Contract) -> str:
     return f"the aggregator acting together with any {'one silo' if others == 1 else f'{others} silos'}"
 
 
+def whom(terms: Contract) -> str:
+    """Against whom the guarantee is stated."""
+    return "everyone" if is_local(terms) else insiders(terms)
+
+
+def is_local(terms: Contract) -> bool:
+    """Whether each silo trains alone, with noise in full."""
+    return terms.training.mode == "local"
+
+
 def adversary(name: str, terms: Contract) -> str:
-    """Who the named adversary of privacy.mechanism.adversaries is, in words."""
+    """Who the named adversary of privacy.federation.adversaries is, in words."""
+    doing = "who know nothing of another silo’s noise" if is_local(terms) else "who subtract their own noise"
     return {
         "outside": "Someone outside, who sees every sum and every model that was released",
-        "insiders": insiders(terms).capitalize() + ", who subtract their own noise: the guarantee of this report",
+        "insiders": f"{insiders(terms).capitalize()}, {doing}: the guarantee of this report",
         "sum_broken": "Someone for whom the secure sum is broken and who reads one silo’s upload in the clear",
     }[name]
 
@@ -127,7 +128,7 @@ def adversary(name: str, terms: Contract) -> str:
 def summary(
     terms: Contract,
     *,
-    steps: int,
+    rounds: int,
     epsilon: float,
     rounds_left: int,
     odds: tuple[float, float],
@@ -136,37 +137,48 @@ def summary(
 ) -> tuple[str, ...]:
     """The report in plain words; its first sentence stands alone. ``odds`` is (false, true) positive rate."""
     lines = (
-        _headline(terms, steps, epsilon),
-        f"The contract declares {counted(terms.training.rounds, 'round')}; {counted(rounds_left, 'more round')} of that plan "
+        _headline(terms, rounds, epsilon),
+        f"The contract declares {declared(terms)}; {counted(rounds_left, 'more round')} of that plan "
         f"{'fits' if rounds_left == 1 else 'fit'} under the limit.",
         f"Whoever tries to tell whether {one(terms)} took part, and is wrong about {per_thousand(odds[0])} that did not, "
         f"is right about at most {per_thousand(odds[1], bound=True)} that did. Guessing gives {per_thousand(odds[0])}.",
         f"In a round each silo sends {size(upload_bytes)}, masked so that only the sum over all {terms.silos} silos can be read. "
-        "The protocol has no message that carries records, single gradients, losses or counts.",
+        "The protocol has no message that carries records, single gradients, losses or counts."
+        + (f" {_ALONE}" if is_local(terms) else ""),
         "The figures count uploads that arrived. Each silo’s own ledger is the authority: it charges every attempt, "
         "and may stand higher. Both rest on the assumptions below.",
     )
-    return (*lines, f"This is a simulation. {_TAKEN} {_HEADS}") if simulated else lines
+    return (*lines, f"This is a simulation. {TAKEN} {HEADS}") if simulated else lines
 
 
-_TAKEN = (
+_ALONE = (
+    "Each silo’s upload holds that silo’s own noise in full: ε is the same for whoever reads a single upload, the sum, or the "
+    "model, and rests on no other party. The masks hide whose change was which."
+)
+TAKEN = (
     "The machine that holds all records took the figure for units from them, and the labels too where data were given; "
     "members of a real federation agree on both without looking."
 )
-_HEADS = (
+HEADS = (
     f"The comparison with a head alone trained {HEAD_MODELS} more models on the same records, which no ledger charges: "
     "a real federation would have to charge each of them."
 )
 
 
-def _headline(terms: Contract, steps: int, epsilon: float) -> str:
+def declared(terms: Contract) -> str:
+    """The plan in short: "16 rounds", "4 rounds of 4 private steps in each silo"."""
+    rounds, steps = counted(terms.training.rounds, "round"), counted(terms.training.steps_per_round, "private step")
+    return f"{rounds} of {steps} in each silo" if is_local(terms) else rounds
+
+
+def _headline(terms: Contract, rounds: int, epsilon: float) -> str:
     limit, delta = f"{terms.privacy.epsilon:g}", scientific(terms.privacy.delta)
-    if steps == 0:
+    if rounds == 0:
         return f"No upload has reached the aggregator, so by its count nothing of the limit ε = {limit} at δ = {delta} is spent."
     share = up(100 * epsilon / terms.privacy.epsilon, 0)
     return (
         f"All that was released so far reveals whether {one(terms)} took part by no more than ε = {up(epsilon)} at δ = {delta}, "
-        f"against {insiders(terms)}: {share}\u00a0% of the limit ε = {limit}, after {counted(steps, 'charged round')}."
+        f"against {whom(terms)}: {share}\u00a0% of the limit ε = {limit}, after {counted(rounds, 'charged round')}."
     )
 
 
@@ -178,38 +190,71 @@ def per_thousand(rate: float, *, bound: bool = False) -> str:
 
 def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, ...]:
     """Every parameter of the mechanism and of the training around it, from the contract and its integer plan."""
-    plan, p = federation.ring_plan(terms), terms.privacy
+    plan, p, training = federation.ring_plan(terms), terms.privacy, terms.training
+    say = _LOCAL if is_local(terms) else _JOINT
     effective, layers = federation.mechanism(terms).effective_noise_multiplier, counted(len(terms.adapter.modules), "layer")
     rows: list[tuple[str, str, int | float | str, str]] = [
-        ("sampling", "", "Poisson", "each unit enters a round by its own coin, fresh each time; nobody knows who was drawn"),
-        ("sampling rate", "q", p.sampling_rate, "the probability with which a unit enters a round"),
+        (
+            "sampling",
+            "",
+            "Poisson",
+            f"each unit enters a {say['turn']} by its own coin, fresh each time; nobody knows who was drawn",
+        ),
+        ("sampling rate", "q", p.sampling_rate, f"the probability with which a unit enters a {say['turn']}"),
         ("units per silo", "", p.units, _UNITS[simulated]),
         ("records per unit", "", p.max_records_per_unit, "at most so many records of one unit are used"),
-        ("max grad norm", "C", p.max_grad_norm, "a unit’s whole contribution to a round is clipped to this length"),
+        ("max grad norm", "C", p.max_grad_norm, f"a unit’s whole contribution to a {say['turn']} is clipped to this length"),
         ("lattice bits", "p", plan.lattice_bits, "C is 2ᵖ steps of the integer lattice on which clipping is proved"),
         ("noise", "", "discrete Gaussian", "integer noise, drawn exactly, in every coordinate of every silo’s sum"),
-        ("noise multiplier", "σ", p.noise_multiplier, "the planned noise of a sum, in units of C, without the colluders’ shares"),
+        ("noise multiplier", "σ", p.noise_multiplier, say["noise multiplier"]),
         ("effective noise multiplier", "σ′", effective, "what the accountants are given: σ less the smoothing of the proof"),
-        ("noise of one silo", "s²", plan.share_variance, "variance parameter of one silo’s share, in lattice steps squared"),
-        ("colluding silos", "t", p.colluders, "so many silos may work with the aggregator"),
-        ("noise shares counted on", "h", terms.shares, "silos whose noise nobody else knows: all but the colluders"),
-        ("rounds declared", "T", terms.training.rounds, "the plan; stopping earlier costs less"),
+        ("noise of one silo", "s²", plan.share_variance, say["noise of one silo"]),
+        ("colluding silos", "t", p.colluders, say["colluding silos"]),
+        ("noise shares counted on", "h", terms.shares, say["noise shares counted on"]),
+        ("rounds declared", "T", training.rounds, "the plan; stopping earlier costs less"),
+        ("steps per round", "", training.steps_per_round, say["steps per round"]),
         ("failure probability", "δ", p.delta, "the part of the probability that ε does not speak about"),
         ("trainable numbers", "d", terms.dimension, "the length of what a silo sends"),
         ("ring", "", f"2{_superscript(terms.sum.ring_bits)}", "sums are taken modulo this, so that masks hide them"),
         ("clamp", "Q", plan.clamp, "a silo’s sum is held to ±Q before its noise is added"),
-        ("noise head-room", "H", plan.headroom, "room kept in the ring for the noise of all silos"),
+        ("noise head-room", "H", plan.headroom, say["noise head-room"]),
         ("secure sum", "", terms.sum.protocol, "every silo signs for every sum that holds its vector"),
         ("mean taken over", "D", terms.divisor, "the public expected number of sampled units; never a count"),
-        ("update rule", "", terms.training.optimizer, "applied to the noisy sum; it costs no privacy"),
-        ("learning rate", "", terms.training.learning_rate, "part of the update rule"),
+        ("update rule", "", training.optimizer, say["update rule"]),
+        ("learning rate", "", training.learning_rate, "part of the update rule"),
+        *([("update bound", "", training.update_bound, say["update bound"])] if is_local(terms) else []),
         ("adapter", "r", terms.adapter.rank, f"LoRA-SB rank, on {layers}; only R and the head train"),
-        ("basis", "", terms.adapter.basis, "computed from the public base model alone; it costs no privacy"),
+        ("basis", "", terms.adapter.basis, _BASES[terms.adapter.basis]),
         ("longest text", "", terms.task.max_length, "tokens; a public constant"),
     ]
     return tuple(Parameter(name=name, symbol=symbol, value=value, meaning=meaning) for name, symbol, value, meaning in rows)
 
 
+_BASES = {
+    "weights": "computed from the public base model alone; it costs no privacy",
+    "random": "drawn from a public seed; it costs no privacy",
+}
+_JOINT = {
+    "turn": "round",
+    "noise multiplier": "the planned noise of a sum, in units of C, without the colluders’ shares",
+    "noise of one silo": "variance parameter of one silo’s share, in lattice steps squared",
+    "colluding silos": "so many silos may work with the aggregator",
+    "noise shares counted on": "silos whose noise nobody else knows: all but the colluders",
+    "steps per round": "a round is one private step on the records of all silos",
+    "noise head-room": "room kept in the ring for the noise of all silos",
+    "update rule": "applied to the noisy sum; it costs no privacy",
+}
+_LOCAL = {
+    "turn": "step",
+    "noise multiplier": "the noise of each step of each silo, in units of C",
+    "noise of one silo": "variance parameter of a silo’s noise in one step, in lattice steps squared",
+    "colluding silos": "so many silos may work with the aggregator; ε does not depend on it",
+    "noise shares counted on": "the silo’s own, in full; none is counted that another silo adds",
+    "steps per round": "private steps that each silo takes alone in a round; each is charged",
+    "noise head-room": "room kept in the ring for the noise of a silo’s sum",
+    "update rule": "applied by each silo to its own noisy sums, with moments that stay there; it costs no privacy",
+    "update bound": "a number that changed by more in a round is cut to this before it is sent; it costs no privacy",
+}
 _UNITS = {
     False: "a rounded public figure that the members agreed on, not a count; no silo holds more",
     True: "of this simulation: the largest silo’s count, rounded up by the machine that holds all records",
@@ -220,22 +265,22 @@ def composition(terms: Contract, *, simulated: bool = False) -> tuple[str, ...]:
     """What is added up here and what this report cannot know."""
     lines = (
         "Counted here: every round of this federation in which a silo’s upload arrived, void rounds too, and one that is still "
-        "open, each as one step of the mechanism.",
+        f"open, each as {counted(terms.training.steps_per_round, 'step')} of the mechanism.",
         "Not known here: attempts whose upload never arrived, and other training, evaluation or statistics on the same "
         "records. They add to the same ε. They stand in each silo’s own ledger, as far as they went through it.",
-        f"The basis “{terms.adapter.basis}” comes from the base model and spends nothing. "
+        f"The basis “{terms.adapter.basis}” is computed from public things alone and spends nothing. "
         "Trial runs on the same records, made to choose learning rate, rank or C, would spend; none is recorded here.",
         "The figures are for parameters fixed before the first round. More rounds than declared, or other noise, "
         "chosen after results were seen, need the ledger’s stricter count.",
     )
-    return (*lines, f"Not counted: {_HEADS[0].lower()}{_HEADS[1:]}") if simulated else lines
+    return (*lines, f"Not counted: {HEADS[0].lower()}{HEADS[1:]}") if simulated else lines
 
 
 def what_left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:
     """What the protocol sends out of a site, in one round."""
     return (
         Item(
-            what=f"one vector of {terms.dimension:,} integers: clipped gradients, summed over the units drawn, plus noise",
+            what=f"one vector of {terms.dimension:,} integers: {_CHANGE if is_local(terms) else _SUM}",
             form=f"masked, sealed, signed; {size(upload_bytes)}, the same in every round",
             reader="nobody alone; the aggregator reads the sum over all silos",
         ),
@@ -253,110 +298,20 @@ def what_left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:
     )
 
 
-def what_stayed() -> tuple[str, ...]:
+_SUM = "clipped gradients, summed over the units drawn, plus noise"
+_CHANGE = "what the silo’s own private steps changed of the model, each step with its noise in full"
+
+
+def what_stayed(terms: Contract) -> tuple[str, ...]:
     """What has no message in the protocol, and so stays where it is."""
+    own = "change of the model without masks, its steps and its optimiser" if is_local(terms) else "sum without masks"
     return (
         "records, texts, labels of single records, and unit ids",
-        "gradients of single units, and the silo’s own sum without masks",
+        f"gradients of single units, and the silo’s own {own}",
         "which units were drawn, and how many",
         "losses, accuracies, gradient norms and clipping counts",
         "the noise, the masks, and private keys",
     )
-
-
-def assumptions(terms: Contract, *, simulated: bool = False) -> tuple[Assumption, ...]:
-    """What the figures rest on, the gravest first, numbered A1 and on."""
-    groups: tuple[tuple[Literal["guarantee", "figure", "scope"], tuple[tuple[str, str], ...]], ...] = (
-        ("guarantee", _must_hold(terms, simulated)),
-        ("figure", _should_hold(terms, simulated)),
-        ("scope", _NOT_COVERED),
-    )
-    rows = [(severity, text, wrong) for severity, group in groups for text, wrong in group]
-    return tuple(
-        Assumption(id=f"A{number}", severity=severity, text=text, if_wrong=wrong)
-        for number, (severity, text, wrong) in enumerate(rows, start=1)
-    )
-
-
-def _must_hold(terms: Contract, simulated: bool) -> tuple[tuple[str, str], ...]:
-    return (
-        (
-            "A unit’s clipped gradient does not depend on which other units share its batch. "
-            "This can be tested, not proved; no test result is recorded in this report.",
-            "one unit could move a sum by more than C",
-        ),
-        (
-            f"At least {counted(terms.shares, 'silo')} of {terms.silos} run this software unaltered and add the noise they owe; "
-            f"at most {terms.privacy.colluders} work with the aggregator.",
-            "the noise is smaller than the figures say",
-        ),
-        (
-            "The secure sum holds: key agreement, encryption and hash functions are not broken, and private keys "
-            "stay private. This is security against computing power, not a theorem without conditions.",
-            "the third row of the table of adversaries applies",
-        ),
-        (
-            "This is a simulation: one machine plays every party, and nobody compared fingerprints. The figures are those of "
-            "members that are apart.",
-            "whoever controls this machine reads every record",
-        )
-        if simulated
-        else (
-            "The members are who they say they are: fingerprints were compared by people, over another channel.",
-            "one party could play several silos and subtract their noise",
-        ),
-        (
-            "The operating system’s random numbers are unpredictable, and noise is never drawn twice for one sample.",
-            "noise could be guessed or averaged away",
-        ),
-        (
-            "The protocol, its proof and this software are right; they have had no outside audit.",
-            "an error may be waiting to be found",
-        ),
-    )
-
-
-def _should_hold(terms: Contract, simulated: bool) -> tuple[tuple[str, str], ...]:
-    rows = (
-        (
-            "A unit is in the records of one silo only. Nothing here checks it, and the figure for a unit in two silos "
-            "is not computed.",
-            "a unit in several silos is exposed more than the figures say",
-        ),
-        (
-            f"The aggregator saw every upload that left a silo. {_HEADS} The simulation’s accuracies are exact and outside ε.",
-            "the figures are for the federation’s own model alone",
-        )
-        if simulated
-        else (
-            "The aggregator saw every upload that left a silo, and no other work on the records spends budget.",
-            "the silo’s own ledger shows the higher figure",
-        ),
-        (
-            f"{_TAKEN} Lengths, rates and the other constants were not chosen from these records."
-            if simulated
-            else "Units, labels, lengths and every other constant of the contract were chosen without looking at the records.",
-            "the choice itself reveals something, outside ε",
-        ),
-    )
-    several = (
-        "The unit is one record. A person with several records is protected less, the less the more records there are.",
-        "for a person with k records ε grows about k-fold or more",
-    )
-    return (several, *rows) if terms.privacy.unit == "record" else rows
-
-
-_NOT_COVERED = (
-    ("The time at which messages are sent is not padded.", "it may hint at the amount of work done in a round"),
-    (
-        "The base model’s own training data are not covered.",
-        "the base model may reveal what it was trained on, with or without this",
-    ),
-    (
-        "What silos do with their copies of the model, and what is published beside it, is not covered.",
-        "anything computed from the records elsewhere adds to what is revealed",
-    ),
-)
 
 
 def consents(terms: Contract, results: int) -> tuple[str, ...]:

@@ -72,13 +72,15 @@ class Account:
         limits: the silo's limits, in whose delta every figure is stated.
         plan: the contract's mechanism for all its declared steps, at the shares that insiders cannot subtract.
         contract: hex digest of the contract.
+        steps_per_attempt: how many of those steps one attempt at a round is charged for.
     """
 
-    def __init__(self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str) -> None:
+    def __init__(self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int) -> None:
         self._history = history
         self._limits = limits
         self._plan = plan
         self._contract = contract
+        self._steps_per_attempt = steps_per_attempt
 
     def spent(self) -> Certificate:
         """The certified cost of everything ever reserved on this ledger.
@@ -94,18 +96,23 @@ class Account:
 
     @property
     def steps_left(self) -> int:
-        """How many attempts of this contract's plan are not charged yet."""
+        """How many private steps of this contract's plan are not charged yet."""
         return max(0, self._plan.steps - self._used())
+
+    @property
+    def attempts_left(self) -> int:
+        """How many whole attempts of this contract's plan are not charged yet."""
+        return self.steps_left // self._steps_per_attempt
 
     def forecast(self, rounds: Iterable[int]) -> list[tuple[int, float]]:
         """(n, certified epsilon) after n more attempts of this plan, for each n; never refuses."""
-        return [(more, self._with(more).epsilon) for more in rounds]
+        return [(more, self._with(more * self._steps_per_attempt).epsilon) for more in rounds]
 
     def _used(self) -> int:
         return sum(event.steps for event in self._history.charged(self._contract))
 
     def _with(self, more: int) -> Certificate:
-        """Everything charged and ``more`` attempts of this plan: by PLD while all is of one contract, else by the filter."""
+        """Everything charged and ``more`` steps of this plan: by PLD while all is of one contract, else by the filter."""
         events = self._history.charged()
         contracts = {body.contract for body in self._history.entries if isinstance(body, Reserve)}
         if more:
@@ -121,13 +128,13 @@ class Gate(Account):
 
     Formal guarantees:
         - a refusal leaves the ledger as it was;
-        - an attempt is reserved on the disk before ``admit`` returns, and stays charged;
+        - an attempt is reserved on the disk, all its steps, before ``admit`` returns, and stays charged;
         - the certified epsilon of everything reserved never passes ``limits.epsilon`` (meeting it exactly is allowed);
-        - no more attempts than the plan has steps are admitted under a contract.
+        - no more steps than the plan has are admitted under a contract.
     """
 
-    def __init__(self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str) -> None:
-        super().__init__(ledger, limits, plan=plan, contract=contract)
+    def __init__(self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int) -> None:
+        super().__init__(ledger, limits, plan=plan, contract=contract, steps_per_attempt=steps_per_attempt)
         self._ledger = ledger
         self._fits: tuple[LatticeGaussian, ...] | None = None
 
@@ -166,9 +173,10 @@ class Gate(Account):
                 f"round {round} has no plan on the ledger that says {self._plan.steps} steps with these parameters",
                 hint="declare the plan first", code="plan-missing", round=round,
             )
-        if self.steps_left < 1:
+        if self.attempts_left < 1:
+            each = self._steps_per_attempt
             raise BudgetExhausted(
-                f"round {round} would be attempt {self._used() + 1}, the plan has {self._plan.steps}",
+                f"round {round} would be attempt {self._used() // each + 1}, the plan has {self._plan.steps // each}",
                 hint="stop here, or agree on a new contract", code="plan-used-up", round=round, plan=self._plan.steps,
             )
         made = len(self._ledger.attempts(self._contract, round))
@@ -180,7 +188,8 @@ class Gate(Account):
             )
         self._require_fit(round)
         self._ledger.reserve(
-            contract=self._contract, round_number=round, attempt=attempt.hex(), mechanism=self._plan.with_steps(1)
+            contract=self._contract, round_number=round, attempt=attempt.hex(),
+            mechanism=self._plan.with_steps(self._steps_per_attempt),
         )
         return self._ledger.counter
 
@@ -205,7 +214,7 @@ class Gate(Account):
             # Fewer steps of the same mechanism cost less: until another contract charges, every attempt of the plan fits.
             self._fits = past
             return
-        after = self._with(1).epsilon
+        after = self._with(self._steps_per_attempt).epsilon
         if not after <= self._limits.epsilon:
             raise BudgetExhausted.for_round(
                 round_number=round_number, epsilon_after=after, limit=self._limits.epsilon, delta=self._limits.delta

@@ -17,14 +17,16 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from privacy import ring
+from privacy import grid, ring
 from privacy.errors import ConfigError
-from privacy.mechanism import LatticeGaussian
+from privacy.mechanism import MOST_STEPS, LatticeGaussian
+from privacy.mechanism import adversaries as of_a_sum
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+Bound = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 """Words that people compare: printable, see ``_check_words``."""
@@ -55,20 +57,29 @@ class Model(Table, frozen=True, kw_only=True):
 
 
 class Adapter(Table, frozen=True, kw_only=True):
-    """LoRA-SB layers: W + B·R·A with r×r R on each of ``modules``, in this order, then the task head."""
+    """LoRA-SB layers: W + s·B·R·A with r×r R on each of ``modules``, in this order, then the task head.
+
+    ``basis``: where the frozen B and A come from, both public: the base model's own ``weights``, or a ``random`` public seed.
+    """
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     modules: tuple[Text, ...]
-    basis: Literal["weights"] = "weights"
+    basis: Literal["weights", "random"] = "weights"
     scale: Positive = 1.0
     head_scale: Positive = 1.0
 
 
 class Training(Table, frozen=True, kw_only=True):
-    """The update rule (PRIVACY.md §7) and its schedule; rounds is the declared plan T."""
+    """The update rule (PRIVACY.md §7) and its schedule; rounds is the declared plan T.
 
-    mode: Literal["joint"] = "joint"
+    ``joint``: a round is one private step on the union of all silos' records. ``local``: it is ``steps_per_round`` private steps
+    of each silo on its own, and the mean of what they changed; a number that changed by more than ``update_bound`` is cut to it.
+    """
+
+    mode: Literal["joint", "local"] = "joint"
     rounds: Count
+    steps_per_round: Count = 1
+    update_bound: Bound = 1.0
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Positive
     beta1: Unit = 0.9
@@ -145,9 +156,19 @@ class Contract(Table, frozen=True, kw_only=True):
         return len(self.member)
 
     @property
+    def summed(self) -> int:
+        """How many silos' vectors a noised lattice sum holds: all n in joint mode, one in local mode."""
+        return 1 if self.training.mode == "local" else self.silos
+
+    @property
     def shares(self) -> int:
-        """h = n - t_c: how many independent noise shares the plan counts on (no drop-outs in consent mode)."""
-        return self.silos - self.privacy.colluders
+        """h: how many noise shares the plan counts on: n - t_c in joint mode (nobody drops out), a silo's own in local mode."""
+        return 1 if self.training.mode == "local" else self.silos - self.privacy.colluders
+
+    @property
+    def steps(self) -> int:
+        """Private steps in the whole plan: rounds times steps per round."""
+        return self.training.rounds * self.training.steps_per_round
 
     @property
     def dimension(self) -> int:
@@ -157,8 +178,8 @@ class Contract(Table, frozen=True, kw_only=True):
 
     @property
     def divisor(self) -> float:
-        """D: the public expected number of sampled units of the whole federation, q·units·n."""
-        return self.privacy.sampling_rate * self.privacy.units * self.silos
+        """D: the public expected number of sampled units in a noised sum: q·units·n, in local mode q·units."""
+        return self.privacy.sampling_rate * self.privacy.units * self.summed
 
     def by_id(self, silo: int) -> Member:
         """The member with this id. Raises ConfigError when there is none."""
@@ -166,6 +187,9 @@ class Contract(Table, frozen=True, kw_only=True):
             if member.id == silo:
                 return member
         raise ConfigError(f"no member has id {silo}", hint="`silo status` lists the members", code="no-such-member", silo=silo)
+
+
+_RESOLVED = msgspec.json.Decoder(Contract)  # before any thread does: see privacy.messages
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,24 +219,37 @@ def parse(raw: bytes) -> Accepted:
 
 
 def ring_plan(terms: Contract) -> ring.Plan:
-    """The integer plan of one round: p, s², clamp Q and noise head-room, refused when anything could overflow.
+    """The integer plan of one private step: p, s², clamp Q and noise head-room, refused when anything could overflow.
 
     Raises:
         ConfigError: the terms do not fit the ring.
     """
+    return ring_plan_at(terms, noise_multiplier=terms.privacy.noise_multiplier, lattice_bits=terms.privacy.lattice_bits)
+
+
+def ring_plan_at(terms: Contract, *, noise_multiplier: float, lattice_bits: int | None) -> ring.Plan:
+    """``ring_plan`` with another σ and p than the contract's; p is the finest that fits where it is None."""
     return ring.plan(
-        silos=terms.silos,
+        silos=terms.summed,
         shares=terms.shares,
         dimension=terms.dimension,
         sampling_rate=terms.privacy.sampling_rate,
         units=terms.privacy.units,
-        noise_multiplier=terms.privacy.noise_multiplier,
-        lattice_bits=terms.privacy.lattice_bits,
+        noise_multiplier=noise_multiplier,
+        lattice_bits=lattice_bits,
     )
 
 
-def mechanism(terms: Contract, *, shares: int | None = None, steps: int | None = None) -> LatticeGaussian:
-    """What ``steps`` rounds release, against an adversary that faces ``shares`` noise shares (default: the plan's h, T)."""
+def update_grid(terms: Contract) -> grid.Grid:
+    """How a silo's change of the model is written into the ring in local mode."""
+    return grid.finest(silos=terms.silos, bound=terms.training.update_bound)
+
+
+def mechanism(terms: Contract, *, shares: int | None = None, rounds: int | None = None) -> LatticeGaussian:
+    """What ``rounds`` rounds release, against an adversary that faces ``shares`` noise shares (default: the plan's T and h).
+
+    In local mode a silo is charged its own steps alone: nothing is taken off for the mean, for other silos' noise or for masks.
+    """
     plan = ring_plan(terms)
     return LatticeGaussian(
         sampling_rate=terms.privacy.sampling_rate,
@@ -220,8 +257,18 @@ def mechanism(terms: Contract, *, shares: int | None = None, steps: int | None =
         share_variance=plan.share_variance,
         shares=terms.shares if shares is None else shares,
         dimension=terms.dimension,
-        steps=terms.training.rounds if steps is None else steps,
+        steps=terms.steps if rounds is None else rounds * terms.training.steps_per_round,
     )
+
+
+def adversaries(terms: Contract) -> dict[str, LatticeGaussian]:
+    """The whole plan as three adversaries see it, by name; see ``privacy.mechanism.adversaries``.
+
+    In local mode all three face one silo's noise in full: what a silo releases is private before it is summed.
+    """
+    if terms.training.mode == "local":
+        return dict.fromkeys(("outside", "insiders", "sum_broken"), mechanism(terms))
+    return of_a_sum(mechanism(terms), silos=terms.silos, colluders=terms.privacy.colluders)
 
 
 def _check_words(terms: Contract) -> None:
@@ -248,11 +295,17 @@ def _check_members(terms: Contract) -> None:
         raise _contradiction(f"two_silos_see_each_other with {terms.silos} members", "it is for exactly two")
     if terms.silos < terms.privacy.colluders + 2 and not terms.sum.two_silos_see_each_other:
         raise _contradiction(f"colluders = {terms.privacy.colluders}, {terms.silos} members", "at least colluders + 2 are needed")
-    if terms.shares < 1:
+    if terms.silos <= terms.privacy.colluders:
         raise _contradiction(f"colluders = {terms.privacy.colluders} with {terms.silos} members", "no honest noise share is left")
 
 
 def _check_terms(terms: Contract) -> None:
+    if terms.training.mode == "joint" and terms.training.steps_per_round != 1:
+        raise _contradiction(
+            f"mode = joint with steps_per_round = {terms.training.steps_per_round}", "a joint round is one step: it must be 1"
+        )
+    if terms.steps > MOST_STEPS:
+        raise _contradiction(f"rounds x steps_per_round = {terms.steps}", f"at most {MOST_STEPS} private steps are accounted for")
     ceiling = min(1e-5, 1 / (10 * terms.privacy.units * terms.silos))
     if not terms.privacy.delta <= ceiling:
         raise _contradiction(f"delta = {terms.privacy.delta:g}", f"at most 1e-5 and 1/(10 · all units), here {ceiling:g}")

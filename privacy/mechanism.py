@@ -24,6 +24,9 @@ SMOOTHING_VARIANCE = 16
 MIN_SHARE_VARIANCE = 64**2
 """The smallest variance of one silo's noise for which a figure is certified, in squared lattice units."""
 
+MOST_STEPS = 10**9
+"""The most steps that one mechanism is composed over."""
+
 _MAX_INTEGER = 2**63 - 1
 
 
@@ -163,7 +166,7 @@ def adversaries(event: LatticeGaussian, *, silos: int, colluders: int) -> dict[s
     }
 
 
-_COUNTS = {"lattice_bits": 30, "share_variance": _MAX_INTEGER, "shares": 10**6, "dimension": 2**40, "steps": 10**9}
+_COUNTS = {"lattice_bits": 30, "share_variance": _MAX_INTEGER, "shares": 10**6, "dimension": 2**40, "steps": MOST_STEPS}
 
 
 def _outside(name: str, value: object, wanted: str) -> PrivacyRefusal:

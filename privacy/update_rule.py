@@ -16,6 +16,13 @@ The expression tree, with S the integer sum, γ = C / 2^p, D the contract's publ
     lr_t  = lr × (t + 1) ÷ warmup while t < warmup; over the last ``decay_rounds`` of the plan it falls linearly,
             lr × (f + ((1 − f) × (left ÷ decay))) with left = rounds − t and f = final_fraction; otherwise lr
 
+In local mode the sum is one of changes of the model, on a grid of width γ = update_bound / clamp, and n silos take their mean;
+the moments of the shared state stay zero::
+
+    θ ← θ + ((S × γ) ÷ n)
+
+A silo's own steps follow the first tree, with moments of its own, D = q·units, and t the rounds applied to the shared state.
+
 A state digest covers the little-endian float64 bytes of all arrays, so equal digests are equal models.
 """
 
@@ -30,14 +37,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.errors import MachineError, RoundError, TrustError
-from privacy.federation import Contract, Training, ring_plan
+from privacy.federation import Contract, Training, ring_plan, update_grid
 
 Floats = NDArray[np.float64]
 KNOWN_ANSWER = "8d2f279ccd20c058392d005fdb4bf1439add9ffa879e1dce7a43b4a6367dfa6c"
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """The model and the optimiser after ``applied`` results. Arrays have shape (d,); d is the contract's dimension."""
+    """The model and the optimiser after ``applied`` results (of a silo's own: steps). Arrays have shape (d,)."""
 
     applied: int
     beta1_power: float
@@ -81,9 +88,11 @@ def initial(terms: Contract) -> State:
 
 
 def accepts(total: NDArray[np.int64], terms: Contract) -> bool:
-    """Whether a sum is within what n clamped silo sums and their noise can reach; outside it the state does not move."""
+    """Whether a sum is within what n silos can reach, clamped sums with noise or changes; outside it the state does not move."""
     plan = ring_plan(terms)
     bound = plan.clamp * terms.silos + plan.headroom
+    if terms.training.mode == "local":
+        bound = update_grid(terms).clamp * terms.silos
     return bool(np.all(total <= bound) and np.all(total >= -bound))
 
 
@@ -97,16 +106,38 @@ def advance(state: State, total: NDArray[np.int64], terms: Contract) -> State:
         MachineError: this machine's floating point is not IEEE 754 (denormals off, or a known answer missed).
         RoundError: the next state would not be finite; the old one stands.
     """
+    if terms.training.mode == "joint":
+        return step(state, total, terms, applied=state.applied)
     self_check()
-    return _advance(state, total, terms.training, ring_plan(terms).lattice_bits, terms.privacy.max_grad_norm, terms.divisor)
+    mean = (total.astype(np.float64) * update_grid(terms).step) / float(terms.silos)
+    return _finite(msgspec.structs.replace(state, applied=state.applied + 1, theta=state.theta + mean))
 
 
-def _advance(state: State, total: NDArray[np.int64], training: Training, lattice_bits: int, norm: float, divisor: float) -> State:
+def step(state: State, total: NDArray[np.int64], terms: Contract, *, applied: int) -> State:
+    """The model and optimiser after one private step: of all silos in joint mode, of one silo on its own in local mode.
+
+    Args:
+        total: (d,) the lifted, noised integer sum of the step.
+        applied: results applied to the shared state, by which the learning rate's schedule goes.
+
+    Raises:
+        As ``advance``.
+    """
+    self_check()
+    rate = learning_rate(terms.training, applied)
+    return _advance(state, total, terms.training, ring_plan(terms).lattice_bits, terms.privacy.max_grad_norm, terms.divisor, rate)
+
+
+def _advance(
+    state: State, total: NDArray[np.int64], training: Training, lattice_bits: int, norm: float, divisor: float, rate: float
+) -> State:
     gradient = (total.astype(np.float64) * (norm / float(1 << lattice_bits))) / divisor
-    rate = learning_rate(training, state.applied)
-    step = _sgd if training.optimizer == "sgd" else _adam
+    rule = _sgd if training.optimizer == "sgd" else _adam
     with np.errstate(over="ignore", invalid="ignore"):
-        after = step(state, gradient, training, rate)
+        return _finite(rule(state, gradient, training, rate))
+
+
+def _finite(after: State) -> State:
     if not (
         np.all(np.isfinite(after.theta)) and np.all(np.isfinite(after.first_moment)) and np.all(np.isfinite(after.second_moment))
     ):
@@ -188,5 +219,6 @@ def known_trajectory() -> str:
     word = np.arange(1, 9, dtype=np.uint64)
     for _ in range(1000):
         word = (word * np.uint64(1664525) + np.uint64(1013904223)) & np.uint64(0xFFFFFFFF)
-        state = _advance(state, word.astype(np.int64) - (1 << 31), training, 20, 0.5, 1234.5)
+        rate = learning_rate(training, state.applied)
+        state = _advance(state, word.astype(np.int64) - (1 << 31), training, 20, 0.5, 1234.5, rate)
     return state.digest.hex()

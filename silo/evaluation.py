@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privacy import noise, update_rule
-from privacy.federation import Contract, ring_plan
+from privacy.federation import Contract, ring_plan, ring_plan_at
 from privacy.lattice import sum_lattice, to_lattice
 from privacy.prg import Randomness
 from privacy.update_rule import State
@@ -105,8 +105,10 @@ def private_head(
 
     The mechanism is the contract's: the same sampling rate, rounds, clipping norm, lattice, update rule, and the noise of the
     plan's guarantee (σ against insiders); only the trainables are fewer. So it costs the same epsilon, and what is above it
-    is what the adapters add. The step size that suits adapters may not suit a head: every multiple in ``HEAD_RATES`` is
-    tried and the best on the held-out records is given, which flatters the head; each costs that epsilon once more.
+    is what the adapters add. Of a contract in local mode the head is trained in *joint* mode all the same: one step on all records
+    for every step that a silo takes alone, with σ in the sum and not in each silo, at the same epsilon. The step size that suits
+    adapters may not suit a head: every multiple in ``HEAD_RATES`` is tried and the best on the held-out records is given, which
+    flatters the head; each costs that epsilon once more.
     **Charged to no ledger**: it is for the simulator, whose one machine holds all data. On real records every one of them
     would have to be declared, reserved and composed like any other run.
 
@@ -122,9 +124,24 @@ def private_head(
 
 
 def _head_terms(terms: Contract, times: float) -> Contract:
-    """The contract without adapters, its learning rate multiplied."""
+    """The contract without adapters, in joint mode, its learning rate multiplied."""
+    terms = _joint(terms)
     training = msgspec.structs.replace(terms.training, learning_rate=terms.training.learning_rate * times)
     return msgspec.structs.replace(terms, training=training, adapter=msgspec.structs.replace(terms.adapter, modules=()))
+
+
+def _joint(terms: Contract) -> Contract:
+    """The joint contract with as many steps, at the same epsilon; a local one's lattice is chosen anew, for a sum of all silos."""
+    if terms.training.mode == "joint":
+        return terms
+    own, each = terms.training, terms.training.steps_per_round
+    training = msgspec.structs.replace(
+        own, mode="joint", steps_per_round=1, rounds=own.rounds * each, warmup_rounds=own.warmup_rounds * each,
+        decay_rounds=own.decay_rounds * each,
+    )  # fmt: skip
+    joint = msgspec.structs.replace(terms, training=training)
+    plan = ring_plan_at(joint, noise_multiplier=terms.privacy.noise_multiplier, lattice_bits=None)
+    return msgspec.structs.replace(joint, privacy=msgspec.structs.replace(terms.privacy, lattice_bits=plan.lattice_bits))
 
 
 def _head_alone(terms: Contract, pooled: Pooled, test: Pooled, randomness: Callable[[], Randomness]) -> float:

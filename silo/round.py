@@ -5,7 +5,7 @@
 
 1. the gate admits the attempt: its cost is reserved in the ledger, fsynced, before any record is read;
 2. round → manifest is promised on disk; a second manifest for this or an earlier number is refused;
-3. records are read, the step is computed, noise is added, the vector is masked;
+3. records are read, the step is computed (in local mode: all of them), noise is added, the vector is masked;
 4. the whole upload lies in one private file together with its self-mask seed, in one atomic write;
 5. only then the first byte leaves.
 
@@ -15,6 +15,7 @@
 - *Same bytes again*: if the file of (4) exists after a crash, exactly its bytes are sent; if it does not, nothing had left, and
   a new attempt has a new id, seed, sample, noise and reservation.
 - *One consent*: round → set is on disk before the consent leaves; no seed is released without every member's consent to that set.
+- *Own optimiser*: in local mode its moments go on from the last result this silo was part of; they never leave.
 - *Own arithmetic*: the next state comes from the sum by this silo's own update rule; another digest stops the silo.
 - *A round that ended leaves no secrets*: upload, seed and release are deleted, and the pair chain has moved on.
 
@@ -28,6 +29,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import msgspec
 
 from privacy import envelope, files, guardian_sum, keys
 from privacy.errors import Equivocation, Replay, RoundError, TrustError
@@ -46,9 +49,10 @@ from privacy.messages import (
 )
 from privacy.prg import Randomness
 from privacy.update_rule import State
+from silo import local
 from silo.home import Home, Progress
 from silo.session import Epoch
-from silo.settlement import Integers, load_progress, next_state, refuse_to_go_on, shown, verified_total
+from silo.settlement import Integers, Words, load_progress, next_state, refuse_to_go_on, shown, verified_total
 from silo.transport import Transport
 from silo.upload import Persisted, masked, noisy
 
@@ -56,7 +60,7 @@ POLL_S = 5.0
 ID_BYTES = 16
 
 Contribute = Callable[[State], Integers]
-"""The clamped, noiseless integer sum (d,) of one private step at this state."""
+"""The clamped, noiseless integer sum (d,) of one private step at this state, from a fresh sample."""
 
 
 class Gate(Protocol):
@@ -130,11 +134,11 @@ class Rounds:
             return None
         manifest, round_ctx = self._check_manifest(document, progress)
         persisted = self._persisted(number, round_ctx)
-        in_time = self._parts.clock() < manifest.deadline_at
-        if persisted is None and in_time and self._outcome(number) is None:
-            persisted = self._attempt(manifest, round_ctx, progress.state)
-        if persisted is not None:
-            self._agree(manifest, persisted)
+        if self._outcome(number) is None:  # after a restart the round may be over: nothing is promised or sent any more
+            if persisted is None and self._parts.clock() < manifest.deadline_at:
+                persisted = self._attempt(manifest, round_ctx, progress)
+            if persisted is not None:
+                self._agree(manifest, persisted)
         outcome = self._await_outcome(manifest)
         settled = self._settle(outcome, round_ctx, progress, persisted)
         refuse_to_go_on(load_progress(self._parts.home, self._parts.accepted), self._terms)
@@ -173,7 +177,7 @@ class Rounds:
             )
         return manifest, round_ctx
 
-    def _attempt(self, manifest: Manifest, round_ctx: bytes, state: State) -> Persisted:
+    def _attempt(self, manifest: Manifest, round_ctx: bytes, progress: Progress) -> Persisted:
         """Writes (1) to (4) for a fresh attempt."""
         parts = self._parts
         latest = parts.home.latest_promise()
@@ -188,8 +192,8 @@ class Rounds:
         attempt = parts.os_random(ID_BYTES)
         counter = parts.gate.admit(manifest.round, attempt)
         parts.home.promise_manifest(manifest.round, round_ctx)
-        x = noisy(parts.contribute(state), self._terms, parts.randomness())
-        persisted = masked(
+        x, own = self._computed(progress)
+        upload = masked(
             x,
             round_number=manifest.round,
             round_ctx=round_ctx,
@@ -202,8 +206,16 @@ class Rounds:
             seal_key=seal_key,
             sign=self._sign,
         )
+        persisted = msgspec.structs.replace(upload, own=b"" if own is None else own.to_bytes())
         files.write_once(self._epoch.folder / "attempt", persisted.to_bytes(), mode=files.PRIVATE)
         return persisted
+
+    def _computed(self, progress: Progress) -> tuple[Words, State | None]:
+        """This attempt's vector (d,), and in local mode the silo's own model and optimiser after it."""
+        parts = self._parts
+        if self._terms.training.mode == "joint":
+            return noisy(parts.contribute(progress.state), self._terms, parts.randomness()), None
+        return local.trained(progress.state, progress.own, self._terms, contribute=parts.contribute, randomness=parts.randomness)
 
     def _agree(self, manifest: Manifest, own: Persisted) -> None:
         """Send, consent and release; returns early when an outcome stands already."""
@@ -271,6 +283,7 @@ class Rounds:
             outcome=hashlib.sha256(body).digest(),
             voids=before.voids + 1 if kind == "void" else 0,
             state=state,
+            own=State.from_bytes(own.own) if kind == "result" and own is not None and own.own else before.own,
         )
         self._parts.home.save_progress(after)
         self._finish(after)

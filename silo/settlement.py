@@ -20,6 +20,7 @@ from privacy.update_rule import State
 from silo.home import Home, Progress
 
 Integers = NDArray[np.int64]
+Words = NDArray[np.uint32]
 
 
 def load_progress(home: Home, accepted: Accepted) -> Progress:

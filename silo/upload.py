@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a silo sends in a round: its clamped sum, plus its share of the noise, masked, sealed to the aggregator and signed.
+"""What a silo sends in a round: its vector of ring words, masked, sealed to the aggregator and signed.
+
+In joint mode the vector is the clamped sum of one step plus this silo's share of the noise (``noisy``); in local mode
+(``silo.local``) it is what the silo's own steps changed, each of which went through ``noisy`` with the noise in full.
 
 Promised: the vector inside is uniform to everyone until every member has consented to a set that holds it; it is bound to
 its round, attempt and silo; and the silo's signature covers every byte that is sent. The unmasked vector, the noise and the
@@ -26,16 +29,18 @@ from privacy.prg import Randomness
 class Persisted(Secret, frozen=True, kw_only=True):
     """An attempt on disk, as one private file: all that is needed to send, consent and release again after a crash.
 
-    ``header`` and ``upload`` are the signed documents; ``upload`` is sent as it lies here, byte for byte.
+    ``header`` and ``upload`` are the signed documents; ``upload`` is sent as it lies here, byte for byte. ``own`` is the silo's
+    own model and optimiser after an attempt in local mode (``State.to_bytes``), empty in joint mode; it is never sent.
     """
 
-    format: Literal["attempt/1"] = "attempt/1"
+    format: Literal["attempt/2"] = "attempt/2"
     round: Number
     round_ctx: Digest
     attempt: Attempt
     self_seed: Key
     header: bytes
     upload: bytes
+    own: bytes = b""
 
 
 def noisy(total: NDArray[np.int64], terms: Contract, randomness: Randomness) -> NDArray[np.uint32]:
@@ -79,7 +84,7 @@ def masked(
     """The finished upload of one attempt, ready to be persisted and then sent.
 
     Args:
-        x: from :func:`noisy`.
+        x: from :func:`noisy`, or ``silo.local.trained``.
         os_random: 32 fresh bytes of the operating system, for this attempt's self-mask seed.
         sign: gives this silo's signed document of a message, in the context of the epoch.
     """

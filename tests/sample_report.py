@@ -23,7 +23,7 @@ COORDINATOR = keys.Identity(name="hub", sign_seed=seed("hub"), receive_seed=seed
 
 def contract(
     *, names=NAMES, unit="patient_id", units=2000, rounds=30, epsilon=3.0, noise_multiplier=1.85, sampling_rate=0.1,
-    name="chest-reports", model="MiniLM",
+    name="chest-reports", model="MiniLM", mode="joint", steps_per_round=1,
 ) -> Accepted:
     """A federation.toml of these terms, through the real parser."""
     hub = COORDINATOR.public
@@ -33,7 +33,7 @@ def contract(
         "[task]", 'labels = ["no finding", "finding"]', "max_length = 128",
         "[model]", f'name = "{model}"', f'digest = "{seed("model").hex()}"', "hidden_size = 384",
         "[adapter]", "rank = 16", f"modules = [{modules}]",
-        "[training]", f"rounds = {rounds}", "learning_rate = 0.01",
+        "[training]", f'mode = "{mode}"', f"steps_per_round = {steps_per_round}", f"rounds = {rounds}", "learning_rate = 0.01",
         "[privacy]", f'unit = "{unit}"', f"units = {units}", f"sampling_rate = {sampling_rate}", "max_grad_norm = 1.0",
         f"noise_multiplier = {noise_multiplier}", f"epsilon = {epsilon}", "delta = 1e-6", "lattice_bits = 20",
         "[sum]",

@@ -56,7 +56,7 @@ def ledger(path):
 
 
 def gate_for(ledger, limits=LIMITS, the_plan=PLAN, contract=A):
-    return Gate(ledger, limits, plan=the_plan, contract=contract)
+    return Gate(ledger, limits, plan=the_plan, contract=contract, steps_per_attempt=1)
 
 
 def attempt(number):
@@ -170,6 +170,44 @@ def test_a_lower_limit_after_the_declaration_stops_at_the_last_attempt_that_fits
     assert re.match(r"round \d+ would bring epsilon to 0\.8\d*, the limit is 0\.8 ", refusal.message)
     assert refusal.facts["round"] == admitted + 1
     assert tight.spent().epsilon <= 0.8 < accounting.certify([plan(admitted + 1)], DELTA).epsilon
+
+
+def test_an_attempt_of_several_steps_is_charged_whole_before_it_is_admitted(ledger, path):
+    gate = Gate(ledger, LIMITS, plan=plan(75), contract=A, steps_per_attempt=25)
+    gate.declare()
+    assert (gate.steps_left, gate.attempts_left) == (75, 3)
+    gate.admit(1, attempt(1))
+    assert History.read(path, verify=verify).entries[-1].mechanism == PLAN.with_steps(25)
+    assert gate.spent() == accounting.certify([plan(25)], DELTA)
+    assert gate.forecast([1, 2]) == [(more, accounting.certify([plan(25 * (more + 1))], DELTA).epsilon) for more in (1, 2)]
+    gate.admit(1, attempt(2))  # the first attempt died: both are charged
+    gate.settle(1, "void")
+    gate.admit(2, attempt(3))
+    before = path.read_bytes()
+    with pytest.raises(BudgetExhausted, match="round 3 would be attempt 4, the plan has 3"):
+        gate.admit(3, attempt(4))
+    assert path.read_bytes() == before
+    assert ledger.charged() == [plan(75)]
+    assert (gate.steps_left, gate.attempts_left) == (0, 0)
+
+
+def test_a_part_of_an_attempt_is_not_admitted(ledger, path):
+    gate = Gate(ledger, LIMITS, plan=plan(70), contract=A, steps_per_attempt=25)
+    gate.declare()
+    gate.admit(1, attempt(1))
+    gate.admit(2, attempt(2))
+    assert (gate.steps_left, gate.attempts_left) == (20, 0)
+    with pytest.raises(BudgetExhausted, match="plan has 2"):
+        gate.admit(3, attempt(3))
+
+
+def test_a_limit_that_falls_within_an_attempt_refuses_all_of_it(ledger, path):
+    Gate(ledger, LIMITS, plan=PLAN, contract=A, steps_per_attempt=25).declare()
+    limit = accounting.certify([plan(49)], DELTA).epsilon
+    tight = Gate(ledger, Limits(epsilon=limit, delta=DELTA), plan=PLAN, contract=A, steps_per_attempt=25)
+    admitted, refusal = admit_until_refused(tight, path, 1)
+    assert admitted == 1
+    assert refusal.facts["epsilon_after"] == accounting.certify([plan(50)], DELTA).epsilon
 
 
 def test_admitting_is_fast_once_warm(ledger):
@@ -316,7 +354,7 @@ def test_an_account_reads_while_a_gate_writes(ledger, path):
     gate = gate_for(ledger)
     gate.declare()
     gate.admit(1, attempt(1))
-    account = Account(History.read(path, verify=verify), LIMITS, plan=PLAN, contract=A)
+    account = Account(History.read(path, verify=verify), LIMITS, plan=PLAN, contract=A, steps_per_attempt=1)
     assert account.spent() == gate.spent()
     assert account.steps_left == 74
     assert not hasattr(account, "admit")

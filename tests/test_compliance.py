@@ -27,7 +27,7 @@ def small(uploads: int = 3, **terms) -> Report:
 
 
 def certified(terms, *, shares: int, steps: int) -> accounting.Certificate:
-    return accounting.certify([federation.mechanism(terms, shares=shares, steps=steps)], DELTA)
+    return accounting.certify([federation.mechanism(terms, shares=shares, rounds=1).with_steps(steps)], DELTA)
 
 
 def test_epsilon_equals_the_accountant_for_every_adversary():
@@ -251,6 +251,49 @@ def test_an_upload_to_a_round_that_is_still_open_is_charged():
     assert [silo.spent.steps for silo in report.silos] == [3, 2, 3]
     assert report.accounting.spent.epsilon == certified(contract(rounds=4).terms, shares=2, steps=3).epsilon
     assert any("still open" in line for line in report.composition)
+
+
+# --- local mode ----------------------------------------------------------------------------------------------------------
+
+
+LOCAL = {"mode": "local", "steps_per_round": 3}
+
+
+def test_in_local_mode_three_adversaries_face_one_share_and_a_round_is_charged_for_all_its_steps():
+    report, terms = small(**LOCAL), contract(rounds=4, **LOCAL).terms
+    assert (report.federation.mode, report.federation.steps_per_round) == ("local", 3)
+    assert (report.accounting.event.shares, report.accounting.event.steps) == (1, 12)
+    for each in report.guarantee.adversaries:
+        assert each.shares == 1
+        for figure, rounds in ((each.spent, 3), (each.plan, 4)):
+            assert (figure.rounds, figure.steps) == (rounds, 3 * rounds)
+            assert figure.epsilon == certified(terms, shares=1, steps=3 * rounds).epsilon
+    assert [(silo.spent.rounds, silo.spent.steps) for silo in report.silos] == [(3, 9), (3, 9), (2, 6)]
+    assert [(point.rounds, point.steps) for point in report.burn_down] == [(count, 3 * count) for count in range(5)]
+
+
+def test_the_words_of_a_local_plan_rest_epsilon_on_the_silos_own_noise():
+    said, joint = (msgspec.json.encode(report).decode() for report in (small(**LOCAL), small()))
+    for words in (
+        "against everyone", "4 rounds of 3 private steps in each silo", "each as 3 steps of the mechanism",
+        "adds its own noise in full", "ε rests on none of these", "and its optimiser",
+        "what the silo’s own private steps changed of the model",
+    ):
+        assert words in said, words
+        assert words not in joint, words
+    for words in ("subtract their own noise", "add the noise they owe", "the third row of the table", "in a round by its own coin"):
+        assert words not in said, words
+    values = {each.name: each.value for each in small(**LOCAL).mechanism}
+    assert (values["noise shares counted on"], values["steps per round"], values["update bound"]) == (1, 3, 1.0)
+    assert values["mean taken over"] == 0.1 * 2000
+    assert "update bound" not in {each.name for each in small().mechanism}
+
+
+def test_a_local_simulation_keeps_the_simulations_own_words():
+    text = msgspec.json.encode(make(contract(rounds=4, **LOCAL), run(3), extra=SIMULATED)).decode()
+    assert "one machine plays every party" in text
+    for words in REAL_ONLY:
+        assert words not in text
 
 
 def test_schema_name_is_fixed():

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from privacy import base_model, federation, update_rule
+from privacy import accounting, base_model, federation, update_rule
 from privacy.errors import ConfigError
 from privacy.prg import Randomness
 from privacy.update_rule import State
@@ -186,6 +186,29 @@ def test_a_head_step_takes_each_unit_with_the_contracts_rate(world):
     spread = np.sqrt(count * rate * (1 - rate))
     assert abs(np.mean(drawn) - count * rate) < 5 * spread / np.sqrt(12)
     assert 0.4 * spread < np.std(drawn) < 2 * spread
+
+
+def test_the_head_that_a_local_federation_is_compared_with_is_joint_at_the_same_epsilon(world):
+    _, terms, _ = world
+    training = msgspec.structs.replace(terms.training, mode="local", steps_per_round=5, rounds=6, warmup_rounds=2, decay_rounds=3)
+    alone = msgspec.structs.replace(terms, training=training)
+    head = evaluation._head_terms(alone, 4.0)
+    assert (head.training.mode, head.training.rounds, head.training.steps_per_round) == ("joint", 30, 1)
+    assert (head.training.warmup_rounds, head.training.decay_rounds) == (10, 15)
+    assert head.training.learning_rate == 4 * training.learning_rate
+    assert (head.adapter.modules, head.shares, head.divisor) == ((), 2, 3 * alone.divisor)
+    costs = [accounting.certify([federation.mechanism(each)], 1e-5).epsilon for each in (alone, head)]
+    assert costs[1] == pytest.approx(costs[0], rel=1e-4)
+    assert evaluation._head_terms(terms, 1.0).privacy == terms.privacy
+
+
+def test_a_lattice_that_fits_one_silo_and_not_a_sum_is_chosen_anew_for_the_head(world):
+    _, terms, _ = world
+    privacy = msgspec.structs.replace(terms.privacy, units=4000, lattice_bits=19)
+    training = msgspec.structs.replace(terms.training, mode="local", steps_per_round=2)
+    alone = msgspec.structs.replace(terms, training=training, privacy=privacy)
+    assert federation.ring_plan(alone).lattice_bits == 19
+    assert federation.ring_plan(evaluation._head_terms(alone, 1.0)).lattice_bits < 19
 
 
 def test_build_makes_a_contribution_from_a_silos_own_files(world, tmp_path):

@@ -44,6 +44,15 @@ def test_the_dimension_counts_every_core_and_the_head() -> None:
         ({"adapter": {"modules": ["x", "x"]}}, "twice"),
         ({"training": {"rounds": 0}}, "rounds"),
         ({"training": {"learning_rate": -1.0}}, "learning_rate"),
+        ({"training": {"mode": "both"}}, "mode"),
+        ({"training": {"steps_per_round": 2}}, "a joint round is one step"),
+        ({"training": {"mode": "local", "steps_per_round": 0}}, "steps_per_round"),
+        ({"training": {"mode": "local", "steps_per_round": 10**6, "rounds": 10**4}}, "10000000000; at most 1000000000 private"),
+        ({"training": {"mode": "local", "update_bound": 0.0}}, "update_bound"),
+        ({"training": {"mode": "local", "update_bound": float("nan")}}, "update_bound"),
+        ({"training": {"mode": "local", "update_bound": float("inf")}}, "update_bound"),
+        ({"training": {"mode": "local"}, "privacy": {"colluders": 2}}, "colluders"),
+        ({"training": {"mode": "local"}, "silos": 2}, "below 3"),
         ({"version": 0}, "version"),
         ({"sign_keys": [public(1), public(1) + "\\n", public(2)]}, "sign_key"),
         ({"silos": 2}, "below 3"),
@@ -79,3 +88,28 @@ def test_the_mechanism_of_a_contract_faces_h_shares() -> None:
     assert (event.shares, event.steps, event.dimension) == (2, 10, terms.dimension)
     plan = federation.ring_plan(terms)
     assert event.share_variance == plan.share_variance >= 4.0 * 4**20 / 2
+    assert federation.mechanism(terms, rounds=3) == event.with_steps(3)
+    shares = {name: each.shares for name, each in federation.adversaries(terms).items()}
+    assert shares == {"outside": 3, "insiders": 2, "sum_broken": 1}
+
+
+def test_a_local_contract_counts_on_one_silo_alone() -> None:
+    terms = federation.parse(contract_bytes(training={"mode": "local", "steps_per_round": 4})).terms
+    assert (terms.silos, terms.shares, terms.summed, terms.steps) == (3, 1, 1, 40)
+    assert terms.divisor == 0.25 * 200
+    event, plan = federation.mechanism(terms), federation.ring_plan(terms)
+    assert (event.shares, event.steps) == (1, 40)
+    assert event.share_variance == plan.share_variance == 4 * 4**20
+    assert plan.silos == 1
+    assert federation.mechanism(terms, rounds=2) == event.with_steps(8)
+    assert set(federation.adversaries(terms).values()) == {event}
+    assert set(federation.adversaries(terms)) == {"outside", "insiders", "sum_broken"}
+    grid = federation.update_grid(terms)
+    assert 3 * grid.clamp <= 2**31 - 1 < 6 * grid.clamp
+
+
+def test_a_plan_of_one_local_silo_has_room_that_a_sum_of_many_has_not() -> None:
+    many = {"silos": 50, "privacy": {"units": 4000, "delta": 1e-7}}
+    with pytest.raises(ConfigError, match="ring"):
+        federation.parse(contract_bytes(**many))
+    assert federation.parse(contract_bytes(training={"mode": "local"}, **many)).terms.silos == 50

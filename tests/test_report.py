@@ -26,23 +26,24 @@ VOID_TAGS = {"meta", "br", "img", "link"}
 _KEYS = """
 accounting.event.dimension accounting.event.lattice_bits accounting.event.sampling_rate accounting.event.share_variance
 accounting.event.shares accounting.event.steps accounting.event.type accounting.plan.epsilon accounting.plan.epsilon_pld
-accounting.plan.epsilon_rdp accounting.plan.steps accounting.profile[].delta accounting.profile[].plan accounting.profile[].spent
-accounting.spent.epsilon accounting.spent.epsilon_pld accounting.spent.epsilon_rdp accounting.spent.steps aggregator_fingerprint
-assumptions[].id assumptions[].if_wrong assumptions[].severity assumptions[].text burn_down[].epsilon burn_down[].epsilon_pld
-burn_down[].epsilon_rdp burn_down[].steps checks[].command checks[].shows checks[].where composition[] consents[]
-extra.* federation.contract_digest federation.expires federation.mode federation.model
-federation.model_digest federation.name federation.previous_digest federation.state_digest federation.version generated_at
+accounting.plan.epsilon_rdp accounting.plan.rounds accounting.plan.steps accounting.profile[].delta accounting.profile[].plan
+accounting.profile[].spent accounting.spent.epsilon accounting.spent.epsilon_pld accounting.spent.epsilon_rdp
+accounting.spent.rounds accounting.spent.steps aggregator_fingerprint assumptions[].id assumptions[].if_wrong
+assumptions[].severity assumptions[].text burn_down[].epsilon burn_down[].epsilon_pld burn_down[].epsilon_rdp burn_down[].rounds
+burn_down[].steps checks[].command checks[].shows checks[].where composition[] consents[] extra.* federation.contract_digest
+federation.expires federation.mode federation.model federation.model_digest federation.name federation.previous_digest
+federation.state_digest federation.steps_per_round federation.version generated_at
 guarantee.adversaries[].effective_noise_multiplier guarantee.adversaries[].name guarantee.adversaries[].plan.epsilon
-guarantee.adversaries[].plan.epsilon_pld guarantee.adversaries[].plan.epsilon_rdp guarantee.adversaries[].plan.steps
-guarantee.adversaries[].shares guarantee.adversaries[].spent.epsilon guarantee.adversaries[].spent.epsilon_pld
-guarantee.adversaries[].spent.epsilon_rdp guarantee.adversaries[].spent.steps guarantee.adversaries[].who guarantee.delta
-guarantee.odds[].false_positive_rate guarantee.odds[].plan guarantee.odds[].spent guarantee.relation guarantee.unit
-mechanism[].meaning mechanism[].name mechanism[].symbol mechanism[].value rounds[].bytes_in rounds[].closed_at rounds[].kind
-rounds[].number rounds[].opened_at rounds[].outcome_digest rounds[].participants[] rounds[].reason rounds[].state_digest schema
-silos[].fingerprint silos[].left silos[].limit silos[].name silos[].organisation silos[].rounds_left silos[].silo
-silos[].spent.epsilon silos[].spent.epsilon_pld silos[].spent.epsilon_rdp silos[].spent.steps software.* summary[]
-traffic.left[].form traffic.left[].reader traffic.left[].what traffic.lora_bytes traffic.received_bytes traffic.stayed[]
-traffic.upload_bytes
+guarantee.adversaries[].plan.epsilon_pld guarantee.adversaries[].plan.epsilon_rdp guarantee.adversaries[].plan.rounds
+guarantee.adversaries[].plan.steps guarantee.adversaries[].shares guarantee.adversaries[].spent.epsilon
+guarantee.adversaries[].spent.epsilon_pld guarantee.adversaries[].spent.epsilon_rdp guarantee.adversaries[].spent.rounds
+guarantee.adversaries[].spent.steps guarantee.adversaries[].who guarantee.delta guarantee.odds[].false_positive_rate
+guarantee.odds[].plan guarantee.odds[].spent guarantee.relation guarantee.unit mechanism[].meaning mechanism[].name
+mechanism[].symbol mechanism[].value rounds[].bytes_in rounds[].closed_at rounds[].kind rounds[].number rounds[].opened_at
+rounds[].outcome_digest rounds[].participants[] rounds[].reason rounds[].state_digest schema silos[].fingerprint silos[].left
+silos[].limit silos[].name silos[].organisation silos[].rounds_left silos[].silo silos[].spent.epsilon silos[].spent.epsilon_pld
+silos[].spent.epsilon_rdp silos[].spent.rounds silos[].spent.steps software.* summary[] traffic.left[].form traffic.left[].reader
+traffic.left[].what traffic.lora_bytes traffic.received_bytes traffic.stayed[] traffic.upload_bytes
 """
 SCHEMA = _KEYS.split()
 
@@ -232,6 +233,14 @@ def test_the_page_shows_what_the_record_says():
     for each in sample().assumptions:
         assert each.text in text
     assert "deadline: silo 3 absent" in text
+
+
+def test_the_page_of_a_local_plan_says_what_a_round_is_there():
+    text = report.render(make(contract(rounds=2, mode="local", steps_per_round=3), run(2)))
+    assert "In each round every silo takes 3 steps of its own" in text
+    assert "in local mode the silo’s own, for all three" in text
+    assert "In each round every silo draws" not in text
+    assert "against everyone" in Page(text).text
 
 
 def test_hostile_names_are_escaped():

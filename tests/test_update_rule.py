@@ -105,6 +105,48 @@ def test_a_sum_beyond_what_n_silos_can_reach_is_not_accepted(terms: federation.C
     assert not update_rule.accepts(total, terms)
 
 
+@pytest.fixture(scope="module")
+def alone() -> federation.Contract:
+    """Terms of local mode."""
+    training = {"mode": "local", "steps_per_round": 2, "rounds": 10, "warmup_rounds": 4, "update_bound": 0.3}
+    return federation.parse(contract_bytes(training=training)).terms
+
+
+def test_in_local_mode_the_shared_model_takes_the_mean_and_has_no_moments(alone: federation.Contract) -> None:
+    state, theta = update_rule.initial(alone), 0.0
+    clamp = 2**29  # the largest power of two of which three fit below 2**31
+    for total in (5, -(3 * clamp), 3 * clamp, 12_345_678):
+        state = update_rule.advance(state, np.full(alone.dimension, total, dtype=np.int64), alone)
+        theta = theta + ((float(total) * (0.3 / clamp)) / 3.0)
+    assert state.theta[0] == state.theta[-1] == theta
+    assert (state.applied, state.beta1_power, state.beta2_power) == (4, 1.0, 1.0)
+    assert not state.first_moment.any()
+    assert not state.second_moment.any()
+
+
+def test_in_local_mode_no_sum_beyond_n_clamped_changes_is_accepted(alone: federation.Contract) -> None:
+    total = np.zeros(alone.dimension, dtype=np.int64)
+    for edge in (3 * 2**29, -3 * 2**29):
+        total[1] = edge
+        assert update_rule.accepts(total, alone)
+        total[1] = edge + (1 if edge > 0 else -1)
+        assert not update_rule.accepts(total, alone)
+
+
+def test_a_silos_own_step_is_the_joint_rule_at_the_shared_states_place_in_the_schedule(alone: federation.Contract) -> None:
+    total = np.arange(alone.dimension, dtype=np.int64) * 1_000_003
+    state = update_rule.step(update_rule.initial(alone), total, alone, applied=2)
+    state = update_rule.step(state, -total, alone, applied=2)
+    training = msgspec.structs.replace(alone.training, mode="joint", learning_rate=0.02 * 3 / 4, warmup_rounds=0)
+    privacy = msgspec.structs.replace(alone.privacy, colluders=0)
+    joint = msgspec.structs.replace(alone, training=training, privacy=privacy, member=alone.member[:1])
+    expected = update_rule.initial(joint)
+    for each in (total, -total):
+        expected = update_rule.advance(expected, each, joint)
+    assert state.digest == expected.digest
+    assert state.applied == 2
+
+
 def test_this_machine_reaches_the_known_answer() -> None:
     assert update_rule.known_trajectory() == update_rule.KNOWN_ANSWER
 
