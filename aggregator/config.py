@@ -3,9 +3,10 @@
 
 ::
 
-    aggregator.toml          name, address, database
+    aggregator.toml          name, address, database; written last: without it the rest is half made
     aggregator.key, .pub     who it is: signs, and opens what is sealed to it; the service never reads the .key
     federation.draft.toml    the terms as the coordinator writes them, until they are signed
+    model.json               what a report says beside the contract
     contract/v<n>.toml       the exact bytes of each signed version
     documents.sqlite         which document stands in which slot (unless [database] url names another database)
     evidence/<sha256>        the documents' bytes
@@ -17,7 +18,9 @@ Nothing in ``aggregator.toml`` touches the mechanism: that stands in the contrac
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -68,15 +71,23 @@ class Home:
         self.evidence_folder = root / "evidence"
         self.state_folder = root / "state"
         self.service_path = root / "service.json"
+        self.facts_path = root / "model.json"
         self.lock_path = root / "coordinator.lock"
 
     @classmethod
     def create(cls, root: Path, config: Config) -> Home:
-        """A new home with its folders and a commented ``aggregator.toml``.
+        """A new home with its folders and a commented ``aggregator.toml``. Raises as ``prepared``."""
+        home = cls.prepared(root)
+        home.finish(config)
+        return home
+
+    @classmethod
+    def prepared(cls, root: Path) -> Home:
+        """A new home's folders. It is an aggregator's once it is finished; until then it may be prepared again.
 
         Raises:
             ConfigError: there is an aggregator already.
-            MachineError: the directory or a file in it cannot be written.
+            MachineError: the directory cannot be made.
         """
         home = cls(root)
         if home.config_path.exists():
@@ -85,8 +96,26 @@ class Home:
             )
         for folder in (root, home.contract_folder, home.evidence_folder, home.state_folder):
             _make_folder(folder)
-        files.write_atomic(home.config_path, commented(config).encode())
         return home
+
+    def finish(self, config: Config) -> None:
+        """Write ``aggregator.toml``, the last file of a new home. Raises MachineError when the disk refuses."""
+        files.write_atomic(self.config_path, commented(config).encode())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this home against every other command that writes in it, and sweep up what a killed one left half written.
+
+        The service and the store are no such commands: what they write, they sweep themselves.
+
+        Raises:
+            MachineError: another process is at work in it.
+        """
+        with files.locked(self.lock_path):
+            alone = (self.config_path, self.identity_path, self.public_path, self.draft_path, self.facts_path)
+            for path in (*alone, self.contract_folder, self.state_folder):
+                files.sweep(path)
+            yield
 
     def contract_path(self, version: int) -> Path:
         """Where the exact bytes of a signed contract version stand."""

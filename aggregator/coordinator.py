@@ -23,7 +23,7 @@ from aggregator.config import Home
 from aggregator.desk import Desk, Event
 from aggregator.rounds import Epoch, Round, Words
 from aggregator.store import DAMAGED, Store
-from privacy import epoch, files, guardian_sum, update_rule
+from privacy import epoch, guardian_sum, update_rule
 from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
 from privacy.federation import Accepted
 from privacy.guardian_sum import Certified, Frozen
@@ -332,7 +332,7 @@ def coordinating(
         MachineError: another coordinator is at work.
         ConfigError: no contract is signed yet, or the identity is not its aggregator.
     """
-    with files.locked(home.lock_path):
+    with home.locked():
         accepted = rounds.accepted_in(store)
         if accepted is None:
             raise ConfigError("no contract is signed yet", hint="add the members, then run `aggregator sign`", code="no-contract")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Child processes of a simulation: each silo is a real ``silo`` command, the mailbox a real ``aggregator serve``.
 
-Promised: every child is ended when the block is left, however it is left; a child that fails is reported with the last
-lines it wrote, by the name of its log. Children get one compute thread each. Secrets are never in a child's arguments.
+Promised: every child is ended when the block is left, however it is left, and when this process is killed; a child that fails
+is reported with the last lines it wrote, by the name of its log. Children get one compute thread each. Secrets are never in a
+child's arguments.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from privacy.errors import ConfigError, MachineError, RoundError, SiloquyError, TrustError
+from privacy.lifeline import Lifeline
 
 _BY_EXIT: dict[int, type[SiloquyError]] = {3: ConfigError, 4: TrustError, 6: RoundError, 7: MachineError}
 _GRACE_S = 10.0
@@ -26,14 +28,21 @@ class Children:
 
     def __init__(self, logs: Path, *, threads: int) -> None:
         self._logs = logs
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
+        self._lifeline = Lifeline()
+        quiet = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
+        self._environment = {**os.environ, **self._lifeline.environment, **quiet}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, command: str, arguments: Sequence[str | Path]) -> None:
         """Start ``silo`` or ``aggregator`` with arguments; its output goes to ``<logs>/<name>.log``."""
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [*_entry(command), *map(str, arguments)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment
+                [*_entry(command), *map(str, arguments)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=(self._lifeline.descriptor,),
             )
 
     def answer(self, name: str, command: str, arguments: Sequence[str | Path], *, threads: int = 1) -> dict[str, object]:
@@ -50,6 +59,7 @@ class Children:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env=environment,
+                pass_fds=(self._lifeline.descriptor,),
                 check=False,
             )
         try:
@@ -86,6 +96,7 @@ class Children:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        self._lifeline.close()
 
     def _failed(self, name: str, code: int, document: object) -> SiloquyError:
         log = self._logs / f"{name}.log"

@@ -255,6 +255,7 @@ def serve(app: Starlette, host: str, port: int, *, service_file: Path) -> None:
         chosen = listener.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         where = {"url": f"http://{shown}:{chosen}", "host": host, "port": chosen, "pid": os.getpid()}
+        files.sweep(service_file)
         files.write_atomic(service_file, msgspec.json.encode(where) + b"\n")
         try:
             server(app).run(sockets=[listener])

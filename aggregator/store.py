@@ -60,17 +60,21 @@ class Store:
 
     def __init__(self, evidence: Path, url: str) -> None:
         self._evidence = evidence
-        with _database():
+        self._open = contextlib.ExitStack()
+        with _database(), contextlib.ExitStack() as opening:
             evidence.mkdir(parents=True, exist_ok=True)
+            opening.enter_context(files.shared(evidence))
             self._engine = sa.create_engine(url)
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_DOCUMENTS, if_not_exists=True))
+            self._open = opening.pop_all()
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+        self._open.close()
 
     def put_once(self, kind: str, number: int, party: int, data: bytes, *, received_at: float) -> Literal["created", "same"]:
         """Write a document into its slot, durably, or find it there.

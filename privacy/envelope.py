@@ -120,8 +120,8 @@ def seal(public_key: bytes, plaintext: bytes, *, info: bytes) -> bytes:
     return _SUITE.encrypt(plaintext, keys.load_seal_key(public_key), info)
 
 
-def open_sealed(seed: bytes, sealed: bytes, *, info: bytes) -> bytes:
-    """What was sealed to the X-Wing key of ``seed`` under exactly ``info``.
+def open_sealed(seed: bytes, sealed: bytes, *, info: bytes, what: str = "a sealed message") -> bytes:
+    """What was sealed to the X-Wing key of ``seed`` under exactly ``info``; a refusal calls it ``what``.
 
     Raises:
         TrustError: it does not open; one message for every cause.
@@ -131,7 +131,7 @@ def open_sealed(seed: bytes, sealed: bytes, *, info: bytes) -> bytes:
     except (InvalidTag, ValueError):
         purpose = info.split(b"\0", 1)[0].decode("ascii", "replace")
         raise TrustError(
-            f"a sealed message does not open as {purpose!r}",
+            f"{what} does not open as {purpose!r}",
             code="sealed",
             hint="it was sealed to another key or for another place, or changed on the way",
         ) from None

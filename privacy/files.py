@@ -11,13 +11,17 @@ import contextlib
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from privacy.errors import Equivocation, MachineError
 
 PRIVATE = 0o600
 PUBLIC = 0o644
+
+_RANDOM_BYTES = 6
+_RANDOM_HEX = "[0-9a-f]" * 2 * _RANDOM_BYTES
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
@@ -26,13 +30,35 @@ def write_atomic(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
     Raises:
         MachineError: the disk is full or the folder cannot be written; the old content stays whole.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = _temporary(path)
     try:
         _write_new(temporary, data, mode)
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes], *, mode: int = PUBLIC) -> None:
+    """Create the folder ``path`` with the files ``contents``, by name: a temporary folder beside it, fsync, rename.
+
+    An empty folder may be there. A process killed in between leaves ``path`` as it was, and beside it what ``sweep`` takes.
+
+    Raises:
+        MachineError: the disk is full, or ``path`` cannot be written, is a file, or holds something; it is left as it is.
+    """
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        for name, data in contents.items():
+            _write_new(temporary / name, data, mode)
+        _sync_directory(temporary)
+        temporary.rename(path)  # refused by the system where ``path`` holds anything
+        _sync_directory(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise _cannot_write(path, error) from error
 
 
@@ -43,7 +69,7 @@ def write_once(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
         Equivocation: the file exists with other bytes; it is left as it is.
         MachineError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = _temporary(path)
     try:
         _write_new(temporary, data, mode)
         os.link(temporary, path)
@@ -82,9 +108,22 @@ def append_line(path: Path, line: bytes, *, mode: int = PRIVATE) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Delete what a crash in the middle of writing ``path`` left beside it. Only for the one process that writes there."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
+    """Delete what crashes in the middle of a write left: of the file ``path``, or of everything in the folder ``path``.
+
+    Only for the one process that writes there.
+
+    Raises:
+        MachineError: it cannot be deleted.
+    """
+    folder, name = (path, "*") if path.is_dir() else (path.parent, path.name)
+    try:
+        for leftover in folder.glob(f".{name}.{_RANDOM_HEX}"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 @contextlib.contextmanager
@@ -108,6 +147,32 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Work in ``folder`` beside other processes that say so too. Whoever comes while nobody is there sweeps it first.
+
+    Raises:
+        MachineError: the lock beside the folder cannot be opened.
+    """
+    lock = folder.with_name(f"{folder.name}.lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, PRIVATE)
+    except OSError as error:
+        raise _cannot_write(lock, error) from error
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(folder)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(_RANDOM_BYTES)}")
 
 
 def _find_same(path: Path, data: bytes) -> None:

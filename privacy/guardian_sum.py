@@ -148,7 +148,7 @@ def open_upload(upload: Upload, header: Header, *, seal_seed: bytes) -> Words:
         TrustError: it does not open in this round, for this silo and signed header, or contradicts the header.
     """
     info = upload_info(round_ctx=header.round_ctx, silo=header.silo, header=upload.header)
-    raw = envelope.open_sealed(seal_seed, upload.sealed, info=info)
+    raw = envelope.open_sealed(seal_seed, upload.sealed, info=info, what=f"the masked vector of silo {header.silo}")
     if len(raw) != 4 * header.dimension:
         raise _refused(f"the masked vector of silo {header.silo} has {len(raw)} bytes, its header says {header.dimension} words")
     y = np.frombuffer(raw, dtype="<u4")
@@ -260,7 +260,8 @@ def open_release(raw: bytes, certified: Certified, *, member: Member, epoch_ctx:
     release = envelope.open_member(raw, Release, type="release", context=epoch_ctx, member=member)
     _check_round("release", member.id, release.round_ctx, frozen.round_ctx)
     _check_set("release", member.id, release.frozen, frozen.digest)
-    seed = envelope.open_sealed(seal_seed, release.sealed, info=_release_info(frozen, member.id))
+    info = _release_info(frozen, member.id)
+    seed = envelope.open_sealed(seal_seed, release.sealed, info=info, what=f"the released seed of silo {member.id}")
     check_seed(frozen, member.id, seed)
     return seed
 

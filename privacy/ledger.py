@@ -278,7 +278,7 @@ class Ledger(History):
         """
         ledger = cls(path, sign=sign, verify=verify, clock=clock)
         with ledger._opening():
-            if path.exists() and b"\n" in _content(path):
+            if is_begun(path):
                 raise LedgerBroken(f"{path.name} exists, a ledger is never started twice", hint="open it, or restore its copy")
             files.write_atomic(path, b"", mode=files.PRIVATE)
             ledger._append(Begin(who=who, version=FORMAT_VERSION))
@@ -378,6 +378,11 @@ class Ledger(History):
         except msgspec.DecodeError as error:
             raise PrivacyRefusal(f"not an entry for the ledger: {error}", hint="correct the value that is named") from error
         return plain[:-1] + b',"signature":"' + self._sign(_DOMAIN + plain).hex().encode() + b'"}'
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a ledger stands there; what a crash inside ``Ledger.create`` leaves is none: nobody was told of its entry."""
+    return path.exists() and b"\n" in _content(path)
 
 
 def _content(path: Path) -> bytes:

@@ -219,6 +219,10 @@ def decode(data: bytes, kind: type[W]) -> W:
     return message
 
 
+# msgspec resolves a type at its first use, and first uses in two threads at once crash the process: the first ones are here.
+_RESOLVED = tuple(msgspec.msgpack.Decoder(kind) for kind in Wire.__subclasses__())
+
+
 def _malformed(kind: type[Wire], why: str) -> TrustError:
     return TrustError(
         f"malformed {kind.__name__.lower()}: {why}",

@@ -11,7 +11,8 @@
     ledger.jsonl           what was spent
     promises/              one file per promise: round → manifest, round → consent; never deleted
     epoch/                 0700; epoch keys and the files of the open round; never in a backup
-    state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file
+    state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file; in local
+                           mode also this silo's own model and optimiser
 
 Promised: a write happened whole or not at all, a promise is on the disk before the function returns and cannot be made
 twice with different content, and one process at a time works in a home. Not promised: that deleted secrets are gone from the
@@ -20,13 +21,14 @@ medium, or safety when the whole directory is copied back to an earlier time (th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import struct
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ SECRET_BYTES = 32
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a silo stands: the last settled round, its epoch, manifest and outcome (digests), void rounds in a row, the state."""
+    """Where a silo stands: the last settled round, its epoch, manifest and outcome (digests), void rounds in a row, the state.
+
+    ``own``: in local mode this silo's own model and optimiser after the last result it was part of; they never leave its disk.
+    """
 
     contract: bytes
     epoch: int
@@ -51,6 +56,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     outcome: bytes
     voids: int
     state: State
+    own: State | None = None
 
 
 class Home:
@@ -84,11 +90,20 @@ class Home:
                 files.write_once(path, os.urandom(SECRET_BYTES), mode=files.PRIVATE)
         return home
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold this home against every other process. Raises MachineError when one is at work in it."""
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this home against every other process, and sweep up what a killed one left half written.
+
+        Raises:
+            ConfigError: there is no silo here.
+            MachineError: another process is at work in it.
+        """
         if not self.root.is_dir():
             raise ConfigError(f"there is no silo in {self.root}", hint="run `silo init` first", code="no-home")
-        return files.locked(self.root / ".lock")
+        with files.locked(self.root / ".lock"):
+            for folder in (self.root, self.root / "promises", *self.root.glob("contract/*"), *self.epoch_folder.glob("*")):
+                files.sweep(folder)
+            yield
 
     @property
     def selection_key(self) -> bytes:
@@ -165,7 +180,8 @@ class Home:
 
     def save_progress(self, progress: Progress) -> None:
         """Replace the state file by ``progress``, atomically."""
-        files.write_atomic(self.state_path, _to_bytes(progress))
+        mode = files.PUBLIC if progress.own is None else files.PRIVATE
+        files.write_atomic(self.state_path, _to_bytes(progress), mode=mode)
 
     def progress(self) -> Progress | None:
         """Where the silo stands, or None before its first settled round.
@@ -198,7 +214,10 @@ class Home:
 
 _DIGESTS = ("contract", "manifest", "outcome")
 _NUMBERS = ("epoch", "round", "voids")
+_POWERS = ("beta1_power", "beta2_power")
 _ARRAYS = ("theta", "first_moment", "second_moment")
+_OWN = "own_"
+"""What the names of a silo's own state begin with; they are there in local mode only."""
 _VERSION = re.compile(r"v([1-9][0-9]{0,9})", re.ASCII)
 _PROMISE = re.compile(r"manifest-([0-9]{1,10})", re.ASCII)
 _DIGEST_LINE = re.compile(rb"[0-9a-f]{64}\n")
@@ -221,17 +240,18 @@ def remove_folder(path: Path) -> None:
 
 
 def _to_bytes(progress: Progress) -> bytes:
-    state = progress.state
+    states = {"": progress.state} if progress.own is None else {"": progress.state, _OWN: progress.own}
     facts: dict[str, object] = {
         "format": "siloquy-state/1",
         **{name: getattr(progress, name).hex() for name in _DIGESTS},
         **{name: getattr(progress, name) for name in _NUMBERS},
-        "applied": state.applied,
-        "beta1_power": state.beta1_power.hex(),
-        "beta2_power": state.beta2_power.hex(),
     }
-    facts["digest"] = _digest(facts, state)
-    arrays = {name: np.ascontiguousarray(getattr(state, name), dtype="<f8") for name in _ARRAYS}
+    arrays = {}
+    for prefix, state in states.items():
+        facts[prefix + "applied"] = state.applied
+        facts.update({prefix + name: getattr(state, name).hex() for name in _POWERS})
+        arrays.update({prefix + name: np.ascontiguousarray(getattr(state, name), dtype="<f8") for name in _ARRAYS})
+    facts["digest"] = _digest(facts, *states.values())
     saved: bytes = safetensors.numpy.save(arrays, metadata={"siloquy": json.dumps(facts)})
     return saved
 
@@ -241,22 +261,28 @@ def _from_bytes(data: bytes) -> Progress:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         facts = json.loads(header["__metadata__"]["siloquy"])
         arrays = safetensors.numpy.load(data)
-        powers: dict[str, Any] = {name: float.fromhex(facts[name]) for name in ("beta1_power", "beta2_power")}
-        state = State(applied=facts["applied"], **powers, **{name: arrays[name] for name in _ARRAYS})
+        state = _state_in(facts, arrays, "")
+        own = _state_in(facts, arrays, _OWN) if _OWN + "applied" in facts else None
         digests: dict[str, Any] = {name: bytes.fromhex(facts[name]) for name in _DIGESTS}
-        progress = Progress(state=state, **digests, **{name: facts[name] for name in _NUMBERS})
+        progress = Progress(state=state, own=own, **digests, **{name: facts[name] for name in _NUMBERS})
         written = facts.pop("digest")
     except (ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
         raise _damaged("it is no state file") from error
-    found = _digest(facts, state)
+    found = _digest(facts, state, *([] if own is None else [own]))
     if found != written:
         raise _damaged(f"its digest is {found[:16]}, written was {written[:16]}")
     return progress
 
 
-def _digest(facts: dict[str, object], state: State) -> str:
+def _state_in(facts: dict[str, Any], arrays: dict[str, Any], prefix: str) -> State:
+    powers: dict[str, Any] = {name: float.fromhex(facts[prefix + name]) for name in _POWERS}
+    return State(applied=facts[prefix + "applied"], **powers, **{name: arrays[prefix + name] for name in _ARRAYS})
+
+
+def _digest(facts: dict[str, object], *states: State) -> str:
     """Hex SHA-256 over everything in the state file but this digest."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + b"\0" + state.to_bytes()).hexdigest()
+    content = b"".join(state.to_bytes() for state in states)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + b"\0" + content).hexdigest()
 
 
 def _damaged(why: str) -> TrustError:

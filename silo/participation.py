@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from privacy.errors import RoundError
+from privacy.errors import Replay, RoundError
 from privacy.messages import AGGREGATOR, Signed, decode
 from silo import session
 from silo.round import POLL_S, Parts, Rounds, Settled
@@ -34,7 +34,10 @@ def participate(parts: Parts, *, basis: bytes, rounds: int | None, wait_s: float
     while rounds is None or settled < rounds:
         newer = _newer(parts, epoch, wait_s=POLL_S if epoch is None else 0.0)
         if newer is not None:
-            epoch = _enter(parts, basis, newer, wait_s)
+            entered = _enter(parts, basis, newer, wait_s)
+            if entered is None:
+                continue
+            epoch = entered
             own = Rounds(parts, epoch)
         done = None if own is None else own.take_part(wait_s=POLL_S)
         if done is not None:
@@ -65,16 +68,22 @@ def _is_open(parts: Parts, epoch: Epoch) -> bool:
     return manifest is not None and decode(manifest, Signed).context == epoch.context
 
 
-def _enter(parts: Parts, basis: bytes, number: int, wait_s: float) -> Epoch:
+def _enter(parts: Parts, basis: bytes, number: int, wait_s: float) -> Epoch | None:
+    """The epoch, set up; None when the aggregator gave it up meanwhile and called a newer one."""
     settled = load_progress(parts.home, parts.accepted).round
-    return session.establish(
-        parts.home,
-        parts.transport,
-        parts.identity,
-        parts.accepted,
-        member=parts.member,
-        number=number,
-        basis=basis,
-        settled=settled,
-        wait_s=wait_s,
-    )
+    try:
+        return session.establish(
+            parts.home,
+            parts.transport,
+            parts.identity,
+            parts.accepted,
+            member=parts.member,
+            number=number,
+            basis=basis,
+            settled=settled,
+            wait_s=wait_s,
+        )
+    except (RoundError, Replay):
+        if session.called(parts.transport, parts.accepted, after=number) is None:
+            raise
+        return None

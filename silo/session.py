@@ -24,6 +24,8 @@ from privacy.messages import AGGREGATOR, EpochCall, EpochNote, Number, Roster, d
 from silo.home import Home, remove_folder
 from silo.transport import Transport
 
+POLL_S = 5.0
+
 
 class _Link(Secret, frozen=True, kw_only=True):
     """The chain as it stands after the outcome of round ``settled``."""
@@ -74,8 +76,11 @@ class Epoch:
 
 
 def current(home: Home) -> Epoch | None:
-    """The newest confirmed epoch on this disk, or None."""
-    return next((found for number in sorted(_numbers(home), reverse=True) if (found := _established(home, number))), None)
+    """The newest confirmed epoch on this disk, or None. What a crash left of older ones is deleted."""
+    found = next((each for number in sorted(_numbers(home), reverse=True) if (each := _established(home, number))), None)
+    if found is not None:
+        _forget_older(home, found)
+    return found
 
 
 def called(transport: Transport, accepted: Accepted, *, after: int) -> int | None:
@@ -131,9 +136,7 @@ def establish(
         _write_link(folder, settled=settled, chain=chain)
         _forget_setup(folder)
         found = Epoch(number=number, context=chain.context, folder=folder)
-    for older in _numbers(home):
-        if older < number:
-            remove_folder(home.epoch_folder / str(older))
+    _forget_older(home, found)
     return found
 
 
@@ -181,7 +184,7 @@ class _Setup:
         return secrets
 
     def _roster(self) -> tuple[bytes, tuple[EpochNote, ...]]:
-        document = self.transport.get("roster", self.number, AGGREGATOR, wait_s=self.wait_s)
+        document = self._wait("roster", AGGREGATOR, self.wait_s)
         if document is None:
             raise self._late("the roster of", "not every silo has posted its epoch keys")
         body = _from_aggregator(document, "roster", self.accepted)
@@ -208,7 +211,7 @@ class _Setup:
         found: dict[int, bytes] = {}
         late: list[str] = []
         for member in self.accepted.terms.member:
-            document = self.transport.get(kind, self.number, member.id, wait_s=0.0 if late else self.wait_s)
+            document = self._wait(kind, member.id, 0.0 if late else self.wait_s)
             if document is None:
                 late.append(f"{member.name} ({member.id})")
             else:
@@ -216,6 +219,14 @@ class _Setup:
         if late:
             raise self._late(f"the {kind} of", ", ".join(late) + " did not post")
         return found
+
+    def _wait(self, kind: Literal["roster", "pair-seeds", "confirmation"], party: int, wait_s: float) -> bytes | None:
+        """The document, or None when it did not come in time, or the aggregator has given this epoch up for a newer one."""
+        while True:
+            document = self.transport.get(kind, self.number, party, wait_s=min(wait_s, POLL_S))
+            wait_s -= POLL_S
+            if document is not None or wait_s <= 0 or called(self.transport, self.accepted, after=self.number) is not None:
+                return document
 
     def _post(self, kind: Literal["epoch-note", "confirmation"], context: bytes, body: bytes) -> None:
         self.transport.put(kind, self.number, self.member.id, self._sign(kind, context, body))
@@ -249,11 +260,15 @@ def _established(home: Home, number: int) -> Epoch | None:
 def _forget_setup(folder: Path) -> None:
     for name in ("secrets", "seeds"):
         (folder / name).unlink(missing_ok=True)
-        files.sweep(folder / name)
+
+
+def _forget_older(home: Home, standing: Epoch) -> None:
+    for number in _numbers(home):
+        if number < standing.number:
+            remove_folder(home.epoch_folder / str(number))
 
 
 def _write_link(folder: Path, *, settled: int, chain: PairChain) -> None:
-    files.sweep(folder / "chain")
     files.write_atomic(folder / "chain", _Link(settled=settled, chain=chain.to_bytes()).to_bytes(), mode=files.PRIVATE)
 
 

@@ -198,7 +198,7 @@ def test_a_faulty_upload_voids_the_round_before_anyone_consents_and_names_the_si
         return silo.sign("upload", silo.chain.context, garbage)  # by its own hand: nobody else could
 
     silo.alter["upload"] = broken
-    with pytest.raises(TrustError):
+    with pytest.raises(TrustError, match="the masked vector of silo 2 does not open"):
         coordinator.run_round(1)
     assert outcome(federation, 1).kind == "void"
     assert outcome(federation, 1).reason.startswith("refused: ")
@@ -214,7 +214,7 @@ def test_a_faulty_release_voids_the_round(federation):
     body = decode(decode(silo.held["release", 1], Signed).body, Release)
     forged = Release(round_ctx=body.round_ctx, silo=2, frozen=body.frozen, sealed=bytes(len(body.sealed)))
     silo.held["release", 1] = silo.sign("release", silo.chain.context, forged)
-    with pytest.raises(TrustError):
+    with pytest.raises(TrustError, match="the released seed of silo 2 does not open"):
         coordinator.run_round(1)
     assert outcome(federation, 1).kind == "void"
 

@@ -40,21 +40,38 @@ from privacy import files
 from privacy.errors import MachineError
 path = Path(sys.argv[2])
 try:
-    {"atomic": files.write_atomic, "once": files.write_once, "append": files.append_line}[sys.argv[1]](path, b"x" * 300)
+    how = {"atomic": files.write_atomic, "once": files.write_once, "append": files.append_line, "folder": files.write_folder}
+    how[sys.argv[1]](path, {"small": b"x", "large": b"x" * 300} if sys.argv[1] == "folder" else b"x" * 300)
 except MachineError as error:
     print(error.code)
 """
 
 
-@pytest.mark.parametrize("how", ["atomic", "once", "append"])
+@pytest.mark.parametrize("how", ["atomic", "once", "append", "folder"])
 def test_a_write_the_disk_refuses_leaves_the_old_content_whole(tmp_path: Path, how: str) -> None:
     path = tmp_path / "file"
-    if how != "once":
+    is_new = how in {"once", "folder"}
+    if not is_new:
         path.write_bytes(b"old\n")
     done = subprocess.run([sys.executable, "-c", FULL, how, str(path)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "cannot-write", done.stderr
-    assert not path.exists() if how == "once" else path.read_bytes() == b"old\n"
+    assert not path.exists() if is_new else path.read_bytes() == b"old\n"
     assert [each for each in tmp_path.iterdir() if each.name.startswith(".")] == []
+
+
+def test_a_folder_appears_whole_and_never_over_what_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    files.write_folder(folder, {"a": b"one", "b": b"two"})
+    assert {each.name: each.read_bytes() for each in folder.iterdir()} == {"a": b"one", "b": b"two"}
+    for path in (folder, folder / "a"):
+        with pytest.raises(MachineError, match="cannot write"):
+            files.write_folder(path, {"c": b"three"})
+    assert sorted(each.name for each in folder.iterdir()) == ["a", "b"]
+    assert (folder / "a").read_bytes() == b"one"
+    (tmp_path / "empty").mkdir()
+    files.write_folder(tmp_path / "empty", {"a": b"one"})
+    assert (tmp_path / "empty" / "a").read_bytes() == b"one"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "new"]
 
 
 def test_append_line_adds_whole_lines(tmp_path: Path) -> None:
@@ -105,3 +122,29 @@ def test_the_lock_is_exclusive_between_processes_and_freed_by_death(tmp_path: Pa
     child.wait()
     with files.locked(lock):
         assert lock.exists()
+
+
+def test_sweeping_takes_half_written_files_and_nothing_else(tmp_path: Path) -> None:
+    files.write_atomic(tmp_path / "kept", b"whole")
+    others = [tmp_path / name for name in (".hidden", ".kept.toml", ".kept.0123456789a", ".kept.0123456789AB", "kept.0123456789ab")]
+    mine, neighbours = tmp_path / ".kept.0123456789ab", tmp_path / ".other.0123456789ab"
+    for path in (*others, mine, neighbours):
+        path.write_bytes(b"")
+    files.sweep(tmp_path / "kept")
+    assert (mine.exists(), neighbours.exists()) == (False, True)
+    (tmp_path / ".folder.0123456789ab").mkdir()
+    (tmp_path / ".folder.0123456789ab" / "half").write_bytes(b"")
+    files.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "kept", *others])
+
+
+def test_a_shared_folder_is_swept_only_by_whoever_is_alone_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    half = folder / ".document.0123456789ab"
+    with files.shared(folder):
+        half.write_bytes(b"another process is writing")
+        with files.shared(folder):
+            assert half.exists()
+    with files.shared(folder):
+        assert not half.exists()

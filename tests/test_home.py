@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -96,6 +97,22 @@ def test_progress_reads_back_to_the_bit(home):
     assert home.progress().state.digest == some_progress(4, seed=1).state.digest
 
 
+def test_progress_with_an_optimiser_of_its_own_reads_back_to_the_bit_and_is_private(home):
+    public, own = some_progress(), some_progress(seed=7).state
+    home.save_progress(public)
+    assert home.progress().own is None
+    assert home.state_path.stat().st_mode & 0o777 == 0o644
+    home.save_progress(msgspec.structs.replace(public, own=own))
+    found = home.progress()
+    assert (found.own.digest, found.state.digest) == (own.digest, public.state.digest)
+    assert home.state_path.stat().st_mode & 0o777 == 0o600
+    whole = home.state_path.read_bytes()
+    for position in range(0, len(whole), 41):
+        home.state_path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(TrustError, match="damaged"):
+            home.progress()
+
+
 @pytest.mark.parametrize(
     "damage", [lambda d: d[:-1], lambda d: b"", lambda d: d[:-3] + bytes([d[-3] ^ 1]) + d[-2:], lambda d: b"\xff" * 64]
 )
@@ -131,8 +148,8 @@ def test_one_process_at_a_time(home):
 
 
 def test_no_home_is_said(tmp_path):
-    with pytest.raises(ConfigError, match="no silo"):
-        Home(tmp_path / "nowhere").locked()
+    with pytest.raises(ConfigError, match="no silo"), Home(tmp_path / "nowhere").locked():
+        pass
 
 
 def test_create_where_a_file_stands(tmp_path):

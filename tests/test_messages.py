@@ -2,6 +2,9 @@
 """The decoder accepts exactly what the encoder writes."""
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -76,3 +79,34 @@ def test_digests_of_another_length_are_refused() -> None:
 
 def test_every_aggregator_kind_is_a_kind() -> None:
     assert set(messages.KINDS) >= messages.AGGREGATOR_KINDS
+
+
+FIRST_USES = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+from privacy import federation, messages
+from tests.terms import contract_bytes
+raw = contract_bytes()
+def empty(kind):
+    try:
+        messages.decode(b"\\x90", kind)
+    except messages.TrustError:
+        pass
+def first(gate, use, *given):
+    gate.wait()
+    use(*given)
+for use, *given in [(federation.parse, raw), *((empty, kind) for kind in messages.Wire.__subclasses__())]:
+    gate = threading.Barrier(8)
+    threads = [threading.Thread(target=first, args=(gate, use, *given)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_first_uses_of_a_type_in_many_threads_do_not_crash_the_process():
+    """msgspec's own first use is not safe: the service died of it, now and then, at the first documents of three silos."""
+    root = Path(__file__).parents[1]
+    for _ in range(6):
+        assert subprocess.run([sys.executable, "-c", FIRST_USES], cwd=root, check=False).returncode == 0

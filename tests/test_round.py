@@ -194,8 +194,10 @@ class Silo:
         self.ledger = ledger.Ledger.open(
             self.home.ledger_path, sign=self.identity.sign, clock=clock, verify=functools.partial(_verify, public)
         )
-        plan = federation.mechanism(accepted.terms)
-        self.gate = Gate(self.ledger, limits or Limits(epsilon=50.0, delta=1e-5), plan=plan, contract=accepted.digest.hex())
+        self.gate = Gate(
+            self.ledger, limits or Limits(epsilon=50.0, delta=1e-5), plan=federation.mechanism(accepted.terms),
+            contract=accepted.digest.hex(), steps_per_attempt=accepted.terms.training.steps_per_round,
+        )  # fmt: skip
         self.gate.declare()
         self.parts = Parts(
             home=self.home,
@@ -262,7 +264,19 @@ def in_threads(*jobs):
 @pytest.fixture(scope="module")
 def established(tmp_path_factory):
     """Three joined silos with a confirmed epoch: (root, accepted, hub identity, documents). Copied by each test."""
-    root = tmp_path_factory.mktemp("federation")
+    return establish(tmp_path_factory.mktemp("federation"))
+
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def established_alone(tmp_path_factory):
+    """The same in local mode, three steps a round."""
+    return establish(tmp_path_factory.mktemp("local"), training={"mode": "local", "steps_per_round": STEPS})
+
+
+def establish(root, **changes):
     hub_identity = keys.create(root / "aggregator.key", name="hub", receives=True)
     identities = {}
     for silo in SILOS:
@@ -275,6 +289,7 @@ def established(tmp_path_factory):
             seal_key=hub_identity.public.seal_key.hex(),
             privacy={"noise_multiplier": 2.0},
             sum={"deadline_s": 60, "max_void_rounds": 2},
+            **changes,
         )
     )
     hub = Hub(accepted, hub_identity)
@@ -328,6 +343,17 @@ def world(established, tmp_path):
     return World(established, tmp_path)
 
 
+@pytest.fixture
+def alone(established_alone, tmp_path):
+    return World(established_alone, tmp_path)
+
+
+@pytest.fixture(params=["world", "alone"])
+def each_world(request):
+    """A federation in joint mode, and one in local mode."""
+    return request.getfixturevalue(request.param)
+
+
 def attempts(world, silo, number):
     opened = world.silo(silo)
     opened.ledger.close()
@@ -337,7 +363,8 @@ def attempts(world, silo, number):
 # --- A whole round --------------------------------------------------------------------------------------------------------
 
 
-def test_two_rounds_move_all_silos_to_the_aggregators_state(world):
+def test_two_rounds_move_all_silos_to_the_aggregators_state(each_world):
+    world = each_world
     for number in (1, 2):
         settled = world.run_round(number)
         assert {s.kind for s in settled.values()} == {"result"}
@@ -430,9 +457,10 @@ WRITES = [
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("survive", range(len(WRITES)))
-def test_killed_at_any_write_the_round_completes_after_a_restart(world, monkeypatch, survive, after):
+def test_killed_at_any_write_the_round_completes_after_a_restart(each_world, monkeypatch, survive, after):
+    world, seen = each_world, {}
+    steps = world.accepted.terms.training.steps_per_round
     world.hub.open_round(1)
-    seen = {}
 
     def first_then_again():
         gave, log = killed(world, monkeypatch, survive, after, lambda silo: silo.take_part())
@@ -450,16 +478,21 @@ def test_killed_at_any_write_the_round_completes_after_a_restart(world, monkeypa
     assert len(uploads) == 1, "one vector left, however often it was sent"
     charged = attempts(world, 1, 1)
     assert 1 <= len(charged) <= 2
+    own = world.progress(1).own
+    assert (None if own is None else own.applied) == (None if steps == 1 else steps), "of one attempt, never of two"
     if seen["persisted"]:
         assert len(charged) == 1
         assert uploads.pop() in seen["persisted"]
+        assert own is None or own.to_bytes() in seen["persisted"]
     opened = world.silo(1)
     opened.ledger.close()
+    assert sum(event.steps for event in opened.ledger.charged()) == steps * len(charged)
     assert sum(isinstance(e, ledger.Commit) for e in opened.ledger.entries) == 1
     left = {p.name for p in (world.root / "silo-1" / "epoch").rglob("*") if p.is_file()}
     assert left == {"chain"}
     world.run_round(2)
     assert {world.progress(s).state.digest for s in SILOS} == {world.hub.state.digest}
+    assert own is None or world.progress(1).own.applied == 2 * steps
 
 
 def test_without_a_persisted_upload_everything_is_new(world, monkeypatch):
@@ -497,6 +530,52 @@ def test_killed_in_the_set_up_of_an_epoch_the_same_keys_go_on(world, monkeypatch
     assert {world.progress(s).state.digest for s in SILOS} == {world.hub.state.digest}
 
 
+def test_older_epochs_go_when_a_newer_one_stands_also_after_a_crash_between(world):
+    folder = world.root / "silo-1" / "epoch"
+    shutil.copytree(folder / "1", folder / "3")
+    assert session.current(Home(world.root / "silo-1")).number == 3
+    assert [path.name for path in folder.iterdir()] == ["3"]
+
+
+def test_a_silo_leaves_an_epoch_that_the_aggregator_gave_up(world, monkeypatch):
+    """`aggregator epoch` was killed in its set-up and started again: it calls another one."""
+    monkeypatch.setattr(session, "POLL_S", 0.05)
+    world.hub.call(2)
+    silos = {silo: world.silo(silo) for silo in SILOS}
+
+    def one_round(silo):
+        return next(participation.participate(silos[silo].parts, basis=BASIS, rounds=1, wait_s=20.0))
+
+    def given_up():
+        while not world.hub.parties("epoch-note", 2):
+            time.sleep(0.01)
+        world.hub.call(3)
+        for silo in (2, 3):
+            started[silo].set()
+        while len(world.hub.parties("confirmation", 3)) < 3:
+            time.sleep(0.01)
+        world.hub.open_round(1)
+
+    started = {silo: threading.Event() for silo in (2, 3)}
+    late = [lambda s=s: started[s].wait(20) and one_round(s) for s in (2, 3)]
+    settled = in_threads(lambda: one_round(1), given_up, *late)
+    assert settled[0].kind == "result"
+    assert session.current(Home(world.root / "silo-1")).number == 3
+    for silo in silos.values():
+        silo.ledger.close()
+
+
+def test_after_a_restart_a_round_that_is_over_is_promised_and_sent_nothing(world, monkeypatch):
+    world.hub.open_round(1)
+    assert killed(world, monkeypatch, 2, True, lambda silo: silo.take_part())[0] is None  # the upload is on the disk
+    world.hub.void(1)
+    before = len(world.hub.puts)
+    assert world.silo(1).take_part().kind == "void"
+    assert [put[0] for put in world.hub.puts[before:]] == ["acknowledgement"]
+    assert Home(world.root / "silo-1").promised_consent(1) is None
+    assert len(attempts(world, 1, 1)) == 1
+
+
 # --- Void rounds -------------------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +611,44 @@ def test_after_the_deadline_nothing_is_spent(world):
     world.hub.void(1)
     assert world.silo(1).take_part().kind == "void"
     assert attempts(world, 1, 1) == []
+
+
+# --- The optimiser of a silo in local mode -----------------------------------------------------------------------------------
+
+
+def test_a_void_round_and_a_rejected_sum_leave_the_moments_where_they_were(alone, monkeypatch):
+    alone.run_round(1)
+    before = {silo: alone.progress(silo).own.to_bytes() for silo in SILOS}
+    alone.hub.open_round(2)
+    threading.Timer(0.5, lambda: alone.hub.void(2)).start()
+    settled = in_threads(*(lambda s=s: alone.silo(s).take_part() for s in (1, 2)))
+    assert {s.kind for s in settled.values()} == {"void"}
+    assert len(attempts(alone, 1, 2)) == 1
+    assert alone.silo(3).take_part().kind == "void"
+    assert {silo: alone.progress(silo).own.to_bytes() for silo in SILOS} == before
+    monkeypatch.setattr(update_rule, "accepts", lambda total, terms: False)
+    assert {s.kind for s in alone.run_round(3).values()} == {"rejected"}
+    assert {silo: alone.progress(silo).own.to_bytes() for silo in SILOS} == before
+    monkeypatch.undo()
+    alone.run_round(4)
+    assert [alone.progress(silo).own.applied for silo in SILOS] == [2 * STEPS] * 3
+
+
+def test_a_step_that_runs_away_says_so_and_the_attempt_stays_charged(alone, monkeypatch):
+    monkeypatch.setattr(update_rule, "learning_rate", lambda training, applied: 1e300 * 1e300)
+    alone.hub.open_round(1)
+    with pytest.raises(RoundError, match="not finite"):
+        alone.silo(1).take_part()
+    opened = alone.silo(1)
+    opened.ledger.close()
+    assert sum(event.steps for event in opened.ledger.charged()) == STEPS
+    assert not [p for p in alone.hub.puts if p[0] == "upload"]
+    assert alone.progress(1).own is None
+
+
+def test_a_state_with_an_optimiser_of_its_own_is_private(alone):
+    alone.run_round(1)
+    assert alone.silo(1).home.state_path.stat().st_mode & 0o777 == 0o600
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------------
@@ -733,6 +850,15 @@ def test_the_terms_name_everything_a_silo_agrees_to(world):
     text = "\n".join(membership.terms_in_words(world.accepted))
     for wanted in ("epsilon 8", "delta 1e-05", "10 rounds", "one record", "Hospital 2", "what never leaves", "104 bytes"):
         assert wanted in text
+    assert "shared among the silos" in text
+
+
+def test_the_terms_of_local_mode_rest_on_no_other_silo(alone):
+    text = "\n".join(membership.terms_in_words(alone.accepted))
+    for wanted in ("10 rounds of 3 steps that this silo takes alone, against everyone", "in full by this silo", "104 bytes"):
+        assert wanted in text
+    for unwanted in ("shared among", "together with"):
+        assert unwanted not in text
 
 
 def test_participate_goes_through_epochs_and_rounds(world):

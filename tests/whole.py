@@ -153,12 +153,14 @@ class Silo:
     """A silo's process over its home; making a new one is a restart. Use as a context: it holds the ledger's lock."""
 
     def __init__(self, root: Path, accepted, silo: int, line, *, contribute=None, limits=LIMITS, seeded=False):
-        self.id, self.home, self.line = silo, Home(root), line
+        self.id, self.home, self.line, self.drawn = silo, Home(root), line, {}
         self.identity = keys.load(self.home.identity_path)
         verify = functools.partial(keys.verify_signature, self.identity.public.sign_key)
         self.ledger = ledger.Ledger.open(self.home.ledger_path, sign=self.identity.sign, clock=time.time, verify=verify)
-        plan = federation.mechanism(accepted.terms)
-        self.gate = Gate(self.ledger, limits, plan=plan, contract=accepted.digest.hex())
+        self.gate = Gate(
+            self.ledger, limits, plan=federation.mechanism(accepted.terms), contract=accepted.digest.hex(),
+            steps_per_attempt=accepted.terms.training.steps_per_round,
+        )  # fmt: skip
         self.gate.declare()
         self.parts = Parts(
             home=self.home, transport=line, identity=self.identity, accepted=accepted, member=accepted.terms.by_id(silo),
@@ -167,8 +169,10 @@ class Silo:
         )  # fmt: skip
 
     def seeded_noise(self) -> Randomness:
-        """Noise that a test can draw again: a function of silo and round."""
-        return noise_source(self.id, load_progress(self.home, self.parts.accepted).round + 1)
+        """Noise that a test can draw again: a function of silo, round and step."""
+        number = load_progress(self.home, self.parts.accepted).round + 1
+        self.drawn[number] = self.drawn.get(number, 0) + 1
+        return noise_source(self.id, number, self.drawn[number])
 
     def rounds(self, count: int, wait_s: float = PATIENCE_S) -> Iterator[Settled]:
         return participate(self.parts, basis=BASIS, rounds=count, wait_s=wait_s)
@@ -184,8 +188,8 @@ class Silo:
         self.ledger.close()
 
 
-def noise_source(silo: int, number: int) -> Randomness:
-    return Randomness.from_key(hashlib.sha256(bytes([silo, number])).digest())
+def noise_source(silo: int, number: int, step: int = 1) -> Randomness:
+    return Randomness.from_key(hashlib.sha256(bytes([silo, number, step])).digest())
 
 
 class Whole:
