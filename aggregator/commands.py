@@ -27,12 +27,11 @@ from aggregator.coordinator import Coordinator, coordinating
 from aggregator.desk import Event
 from aggregator.draft import Terms
 from aggregator.store import Store
-from privacy import base_model, files, keys
+from privacy import base_model, keys
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Model
 from privacy.messages import AGGREGATOR
 
-ALL_LINEAR_OF_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 _SILO_KINDS = ("upload", "consent", "release", "acknowledgement")
 _SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec")
 
@@ -104,9 +103,9 @@ def init(
 ) -> dict[str, Any]:
     """A new aggregator with its draft contract; what to tell the silos. ``simulated``: every report of it says that it is one."""
     home, identity = enrolment.init(
-        root, name="aggregator", organisation=organisation, terms=terms, host=host, port=port, database_url=database_url
-    )
-    files.write_atomic(_model_facts(home), json.dumps({"lora_width": lora_width, "simulated": simulated}).encode() + b"\n")
+        root, name="aggregator", organisation=organisation, terms=terms, host=host, port=port, database_url=database_url,
+        facts={"lora_width": lora_width, "simulated": simulated},
+    )  # fmt: skip
     return {"home": str(root), "draft": str(home.draft_path), "fingerprint": keys.fingerprint(identity.public)}
 
 
@@ -136,7 +135,9 @@ def sign(root: Path) -> dict[str, Any]:
         "lattice_bits": plan.lattice_bits,
         "epsilon": plan.epsilon,
         "delta": plan.delta,
+        "mode": accepted.terms.training.mode,
         "rounds": accepted.terms.training.rounds,
+        "steps_per_round": accepted.terms.training.steps_per_round,
         "dimension": accepted.terms.dimension,
     }
 
@@ -262,9 +263,5 @@ def _lora_bytes(at: Opened) -> int:
 
 
 def _facts_at_start(home: Home) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_model_facts(home).read_bytes())
+    found: dict[str, Any] = json.loads(home.facts_path.read_bytes())
     return found
-
-
-def _model_facts(home: Home) -> Path:
-    return home.root / "model.json"

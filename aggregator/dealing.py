@@ -17,6 +17,7 @@ from aggregator import pairs, split
 from privacy import rows
 
 _RECORDS_OF_A_COLUMN = 8
+_HELD_OUT = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,18 @@ class Dealt:
     left_out: int
 
 
-def deal(data: Path | None, *, silos: int, silo_column: str | None, unit: str | None, max_records_per_unit: int | None) -> Dealt:
-    """Records dealt to silos, a fifth of the units held out. ``data`` None takes the built-in pairs, whose unit is a file.
+def deal(
+    data: Path | None,
+    *,
+    silos: int,
+    silo_column: str | None,
+    unit: str | None,
+    max_records_per_unit: int | None,
+    held_out: Path | None = None,
+) -> Dealt:
+    """Records dealt to silos. ``data`` None takes the built-in pairs, whose unit is a file.
+
+    A fifth of the units is held out, or none where ``held_out`` names a file of other records to be held out.
 
     Raises:
         SiloquyError: as ``privacy.rows.read_rows`` and ``aggregator.split.deal``.
@@ -53,13 +64,14 @@ def deal(data: Path | None, *, silos: int, silo_column: str | None, unit: str | 
         labels = tuple(sorted({str(row.get("label", "")) for row in found}))
         column = unit or "record"
         most = max_records_per_unit or (1 if column == "record" else _RECORDS_OF_A_COLUMN)
-    shares, held_out = split.deal(found, silos=silos, silo_column=silo_column, unit=column)
+    share = _HELD_OUT if held_out is None else 0.0
+    shares, away = split.deal(found, silos=silos, silo_column=silo_column, unit=column, held_out=share)
     per_unit = [
         [1] * len(share) if column == "record" else list(Counter(str(row[column]) for row in share).values()) for share in shares
     ]
     return Dealt(
         shares=shares,
-        held_out=held_out,
+        held_out=away if held_out is None else [row for _, row in rows.read_rows(held_out)],
         labels=labels,
         text_pair="text_pair" in found[0],
         unit=column,

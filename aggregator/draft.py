@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from aggregator import defaults
 from privacy.errors import ConfigError
 from privacy.federation import Model
 from privacy.keys import PublicIdentity
@@ -18,7 +19,10 @@ AUTO: Final = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a draft starts from; a ``noise_multiplier`` or ``lattice_bits`` of None is computed when it is signed."""
+    """What a draft starts from; a ``noise_multiplier`` or ``lattice_bits`` of None is computed when it is signed.
+
+    ``warmup_rounds`` and ``decay_rounds`` of None are the usual ones for so many rounds.
+    """
 
     name: str
     expires: str
@@ -29,17 +33,21 @@ class Terms:
     rounds: int
     text_pair: bool = False
     max_length: int = 128
-    rank: int = 8
-    scale: float = 1.0
+    rank: int = defaults.RANK
+    basis: str = defaults.BASIS
+    scale: float = defaults.SCALE
     head_scale: float = 1.0
+    mode: str = "joint"
+    steps_per_round: int = 1
+    update_bound: float = 1.0
     optimizer: str = "adam"
-    learning_rate: float = 0.02
-    warmup_rounds: int = 0
-    decay_rounds: int = 0
+    learning_rate: float = defaults.LEARNING_RATE
+    warmup_rounds: int | None = None
+    decay_rounds: int | None = None
     unit: str = "record"
     max_records_per_unit: int = 1
-    sampling_rate: float = 0.1
-    max_grad_norm: float = 1.0
+    sampling_rate: float = defaults.SAMPLING_RATE
+    max_grad_norm: float = defaults.MAX_GRAD_NORM
     noise_multiplier: float | None = None
     epsilon: float = 8.0
     delta: float = 1e-6
@@ -111,8 +119,8 @@ pooling = {quote(terms.model.pooling)}
 rank = {terms.rank}
 # The linear layers that are adapted, in this order.
 modules = {_list(terms.modules)}
-# Where A and B come from: the layer's own weights.
-basis = "weights"
+# Where the frozen A and B come from, both public: "weights", the layer's own singular vectors, or "random", a fixed seed.
+basis = {quote(terms.basis)}
 # The adapter's scale: W + scale * B R A. Gradients are clipped together, so a larger scale gives R a larger share of the clip.
 scale = {terms.scale!r}
 # What the head's input is multiplied by; a smaller one leaves more of the clip to R.
@@ -121,12 +129,19 @@ head_scale = {terms.head_scale!r}
 
 
 def _training(terms: Terms) -> str:
+    warmup = defaults.warmup(terms.rounds, terms.steps_per_round) if terms.warmup_rounds is None else terms.warmup_rounds
+    decay = defaults.decay(terms.rounds) if terms.decay_rounds is None else terms.decay_rounds
     return f"""\
 [training]
-# "joint": each round is one private step on the union of all silos' records.
-mode = "joint"
-# T: the plan that is accounted for.
+# "joint": each round is one private step on the union of all silos' records; each silo adds its share of the noise.
+# "local": each round is steps_per_round private steps of each silo alone, with noise in full, and the mean of their changes.
+mode = {quote(terms.mode)}
+# T: the plan that is accounted for, steps_per_round steps in each round.
 rounds = {terms.rounds}
+# 1 in joint mode.
+steps_per_round = {terms.steps_per_round}
+# Local mode: in one round a silo changes no number by more than this; it costs no privacy and sets the grid of what is sent.
+update_bound = {terms.update_bound!r}
 # "adam" or "sgd".
 optimizer = {quote(terms.optimizer)}
 learning_rate = {terms.learning_rate!r}
@@ -135,9 +150,9 @@ beta1 = 0.9
 beta2 = 0.99
 epsilon = 1e-8
 momentum = 0.0
-# The rate rises over the first rounds and falls to final_fraction of itself over the last.
-warmup_rounds = {terms.warmup_rounds}
-decay_rounds = {terms.decay_rounds}
+# The rate rises over the first rounds and falls to final_fraction of itself over the last; all steps of a round have one rate.
+warmup_rounds = {warmup}
+decay_rounds = {decay}
 final_fraction = 0.0
 """
 
@@ -153,13 +168,13 @@ unit = {quote(terms.unit)}
 units = {terms.units}
 # Further records of one unit are not used.
 max_records_per_unit = {terms.max_records_per_unit}
-# q: the chance with which each unit enters a round.
+# q: the chance with which each unit enters a step.
 sampling_rate = {terms.sampling_rate!r}
 # C: each unit's gradient is clipped to this L2 norm.
 max_grad_norm = {terms.max_grad_norm!r}
-# sigma; "calibrate": computed from epsilon, delta, rounds and sampling_rate when this is signed.
+# sigma, of a whole sum in joint mode, of each silo in local mode; "calibrate": computed from epsilon when this is signed.
 noise_multiplier = {sigma}
-# The guarantee for the whole plan, against the aggregator together with the colluders.
+# The guarantee for the whole plan, against the aggregator together with the colluders (in local mode: against everyone).
 epsilon = {terms.epsilon!r}
 # At most 1e-5 and 1/(10 x units of the whole federation).
 delta = {terms.delta!r}

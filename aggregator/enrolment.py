@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,11 +23,11 @@ from aggregator import rounds
 from aggregator.config import Config, Database, Home, Listen
 from aggregator.draft import AUTO, CALIBRATE, Terms, draft, quote
 from aggregator.store import Store
-from privacy import federation, files, keys, ring
+from privacy import federation, files, keys
 from privacy.envelope import sign
 from privacy.errors import BudgetExhausted, ConfigError
 from privacy.federation import Accepted, Contract, Member
-from privacy.keys import Identity, PublicIdentity
+from privacy.keys import Identity, PublicIdentity, PublicMember
 from privacy.mechanism import LatticeGaussian
 from privacy.messages import AGGREGATOR
 
@@ -34,36 +35,54 @@ _VERSION: Final = 1
 
 
 def init(
-    root: Path, *, name: str, organisation: str, terms: Terms, host: str, port: int, database_url: str = ""
-) -> tuple[Home, Identity]:
-    """A new aggregator: its folder, configuration, identity and draft contract.
+    root: Path, *, name: str, organisation: str, terms: Terms, host: str, port: int, database_url: str = "",
+    facts: Mapping[str, object] | None = None,
+) -> tuple[Home, Identity]:  # fmt: skip
+    """A new aggregator: its folder, identity, draft contract, and configuration. A half-made one is completed.
+
+    Args:
+        facts: what its reports say beside the contract.
 
     Raises:
-        ConfigError: there is one already, or a name or value cannot stand.
+        ConfigError: there is one already, or one half made with other terms; or a name or value cannot stand.
         MachineError: the folder cannot be written.
     """
     text = draft(
         terms, PublicIdentity(name=name, sign_key=bytes(32), seal_key=bytes(keys.SEAL_KEY_BYTES))
     )  # refuses before anything is made
     _raw_terms(text)
-    home = Home.create(root, Config(name=name, listen=Listen(host=host, port=port), database=Database(url=database_url)))
-    identity = keys.create(home.identity_path, name=name, receives=True)
-    keys.write_public(home.public_path, identity, organisation)
-    files.write_atomic(home.draft_path, draft(terms, identity.public).encode())
+    home = Home.prepared(root)
+    with home.locked():
+        kept = home.identity_path.exists()
+        identity = keys.load(home.identity_path) if kept else keys.create(home.identity_path, name=name, receives=True)
+        keys.write_public(home.public_path, identity, organisation)
+        _keep_draft(home, draft(terms, identity.public))
+        files.write_atomic(home.facts_path, msgspec.json.encode(facts or {}) + b"\n")
+        home.finish(Config(name=name, listen=Listen(host=host, port=port), database=Database(url=database_url)))
     return home, identity
 
 
 def add_member(home: Home, public: bytes) -> Member:
-    """The member that an ``identity.pub`` introduces, appended to the draft with the next free id.
+    """The member that an ``identity.pub`` introduces, appended to the draft with the next free id, or found in it.
 
     Raises:
         TrustError: malformed, a weak key, or no proof of possession.
-        ConfigError: the name or the key stands in the draft already, or the contract is signed.
+        ConfigError: the name or the key stands in the draft as another's, or the contract is signed.
+        MachineError: another process is at work in the home.
     """
-    _refuse_signed(home)
     introduced = keys.read_public(public)
+    with home.locked():
+        return _added(home, introduced)
+
+
+def _added(home: Home, introduced: PublicMember) -> Member:
+    _refuse_signed(home)
     text = _read_draft(home)
     terms = _raw_terms(text)
+    same = (introduced.name, introduced.organisation, introduced.sign_key.hex())
+    for member in terms.member:
+        if (member.name, member.organisation, member.sign_key) == same:
+            return member
     taken = {terms.aggregator.sign_key: terms.aggregator.name} | {member.sign_key: member.name for member in terms.member}
     if introduced.sign_key.hex() in taken:
         raise _duplicate(f"the key of {introduced.name} stands in the draft as {taken[introduced.sign_key.hex()]}")
@@ -88,16 +107,24 @@ sign_key = {quote(member.sign_key)}
 def sign_version(home: Home, identity: Identity, store: Store, *, now: float) -> Accepted:
     """The contract of the draft, completed, checked, kept in ``contract/v1.toml``, signed and published.
 
-    Signed once; when only publishing was interrupted, it is completed with the kept bytes.
+    Signed once: again it gives what stands, and when only publishing was interrupted, it is completed with the kept bytes.
 
     Raises:
-        ConfigError: version 1 stands, the draft contradicts itself, does not fit the ring, or names another aggregator.
+        ConfigError: version 1 stands and the draft says other terms, contradicts itself, does not fit the ring, or names another
+            aggregator.
         BudgetExhausted: the plan with its stated noise costs more than its epsilon.
         NotCertified: no noise reaches the epsilon.
     """
-    if store.latest("contract") is not None:
-        raise _stands(home)
+    with home.locked():
+        return _signed(home, identity, store, now)
+
+
+def _signed(home: Home, identity: Identity, store: Store, now: float) -> Accepted:
     kept = home.contract_path(_VERSION)
+    if (stands := rounds.accepted_in(store)) is not None:
+        if complete(_read_draft(home)).encode() != stands.raw:
+            raise _stands(home)
+        return stands
     accepted = federation.parse(kept.read_bytes() if kept.exists() else complete(_read_draft(home)).encode())
     public, named = identity.public, accepted.terms.aggregator
     if (public.sign_key.hex(), (public.seal_key or b"").hex()) != (named.sign_key, named.seal_key):
@@ -126,7 +153,7 @@ def complete(text: str) -> str:
         NotCertified: no noise reaches the epsilon.
     """
     terms = _raw_terms(text)
-    if terms.shares < 1:
+    if terms.silos <= terms.privacy.colluders:
         raise ConfigError(
             f"the draft has {terms.silos} members and expects {terms.privacy.colluders} colluders",
             hint="add the silos first: `aggregator member`",
@@ -134,8 +161,8 @@ def complete(text: str) -> str:
         )
     calibrated, chosen = _is_open(text, "noise_multiplier", CALIBRATE), _is_open(text, "lattice_bits", AUTO)
     sigma = _calibrated(terms, None if chosen else terms.privacy.lattice_bits) if calibrated else terms.privacy.noise_multiplier
-    bits = _plan(terms, sigma, None if chosen else terms.privacy.lattice_bits).lattice_bits
-    return _filled(text, sigma, bits)
+    plan = federation.ring_plan_at(terms, noise_multiplier=sigma, lattice_bits=None if chosen else terms.privacy.lattice_bits)
+    return _filled(text, sigma, plan.lattice_bits)
 
 
 def check_plan(terms: Contract) -> float:
@@ -171,7 +198,7 @@ def _calibrated(terms: Contract, bits: int | None) -> float:
     from privacy import accounting
 
     def made(sigma: float) -> LatticeGaussian:
-        plan = _plan(terms, sigma, bits)
+        plan = federation.ring_plan_at(terms, noise_multiplier=sigma, lattice_bits=bits)
         return LatticeGaussian(
             sampling_rate=terms.privacy.sampling_rate, lattice_bits=plan.lattice_bits, share_variance=plan.share_variance,
             shares=terms.shares, dimension=terms.dimension, steps=1,
@@ -179,15 +206,8 @@ def _calibrated(terms: Contract, bits: int | None) -> float:
 
     wanted = terms.privacy
     return accounting.calibrate(
-        epsilon=wanted.epsilon, delta=wanted.delta, sampling_rate=wanted.sampling_rate, steps=terms.training.rounds, make=made
+        epsilon=wanted.epsilon, delta=wanted.delta, sampling_rate=wanted.sampling_rate, steps=terms.steps, make=made
     )
-
-
-def _plan(terms: Contract, sigma: float, bits: int | None) -> ring.Plan:
-    return ring.plan(
-        silos=terms.silos, shares=terms.shares, dimension=terms.dimension, sampling_rate=terms.privacy.sampling_rate,
-        units=terms.privacy.units, noise_multiplier=sigma, lattice_bits=bits,
-    )  # fmt: skip
 
 
 def _raw_terms(text: str) -> Contract:
@@ -220,6 +240,16 @@ def _read_draft(home: Home) -> str:
         return home.draft_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {home.draft_path}: {error}", hint="run `aggregator init` first", code="no-draft") from error
+
+
+def _keep_draft(home: Home, text: str) -> None:
+    """Write a new home's draft. What stands there may have been edited and is not overwritten."""
+    if home.draft_path.exists() and home.draft_path.read_bytes() != text.encode():
+        raise ConfigError(
+            f"{home.draft_path} stands with other terms than these, and no aggregator.toml beside it",
+            hint="give the words with which it was begun, or choose another folder", code="home-exists",
+        )  # fmt: skip
+    files.write_atomic(home.draft_path, text.encode())
 
 
 def _refuse_signed(home: Home) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from aggregator import commands
+from aggregator import commands, defaults
 from aggregator.compliance import Report
 from aggregator.coordinator import Closed
 from aggregator.dealing import Dealt, deal, default_delta
@@ -25,7 +25,7 @@ from aggregator.draft import Terms
 from aggregator.processes import Children, children
 from privacy import accounting
 from privacy.errors import ConfigError, MachineError, TrustError
-from privacy.federation import mechanism
+from privacy.federation import Model, mechanism
 
 _START_S = 60.0
 _END_S = 120.0
@@ -34,35 +34,40 @@ _SILO_LIMIT = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to simulate. ``data`` None takes the built-in pairs. ``delta`` None takes 1/(10·units) rounded down, at most 1e-5.
+    """What to simulate.
 
-    ``max_records_per_unit`` None keeps one record of a unit that is a record, eight of one that a column names.
+    ``data`` None takes the built-in pairs, ``held_out`` None a fifth of the units of ``data``. ``delta`` None takes 1/(10·units)
+    rounded down, at most 1e-5. ``max_records_per_unit`` None keeps one record of a unit that is a record, eight of one that a
+    column names.
     """
 
     home: Path
     data: Path | None = None
+    held_out: Path | None = None
     silo_column: str | None = None
     silos: int = 3
     unit: str | None = None
     max_records_per_unit: int | None = None
     model: str = "minilm"
     mode: str = "joint"
-    rounds: int = 16
+    rounds: int = defaults.ROUNDS["joint"]
+    steps_per_round: int = 1
     epsilon: float = 8.0
     delta: float | None = None
-    sampling_rate: float = 0.25
-    rank: int = 8
-    scale: float = 40.0
-    learning_rate: float = 0.008
-    max_grad_norm: float = 1.0
+    sampling_rate: float = defaults.SAMPLING_RATE
+    rank: int = defaults.RANK
+    scale: float = defaults.SCALE
+    learning_rate: float = defaults.LEARNING_RATE
+    max_grad_norm: float = defaults.MAX_GRAD_NORM
     max_length: int = 48
-    targets: tuple[str, ...] = commands.ALL_LINEAR_OF_BERT
-    last_layers: int | None = 3
+    basis: str = defaults.BASIS
+    targets: tuple[str, ...] = (defaults.TARGETS,)
+    last_layers: int | None = defaults.LAST_LAYERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Progress: what is going on, or a settled round with its cost so far. ``epsilon`` is against the insiders, by PLD."""
+    """Progress: what is going on, or a settled round with its cost so far. ``epsilon`` is certified, against the insiders."""
 
     text: str
     round: int = 0
@@ -79,8 +84,9 @@ class Step:
 class Result:
     """What a simulation found; ``as_json`` is the document of ``aggregator simulate --json``.
 
-    Both epsilons are against the aggregator with the colluding silos. ``epsilon_per_silo`` is what each silo's own ledger
-    certifies, the smaller of two accountants; ``epsilon`` is the largest PLD figure among them, and so at least as large.
+    Both epsilons are against the aggregator with the colluding silos, in local mode against everyone. ``epsilon_per_silo`` is
+    what each silo's own ledger certifies, the smaller of two accountants; ``epsilon`` is the largest PLD figure among them, and so
+    at least as large.
     """
 
     silos: int
@@ -102,6 +108,7 @@ class Result:
     seconds_per_round: float
     home: str
     mode: str
+    steps_per_round: int
 
     def as_json(self) -> dict[str, object]:
         """All fields as one document."""
@@ -126,6 +133,7 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
         silo_column=settings.silo_column,
         unit=settings.unit,
         max_records_per_unit=settings.max_records_per_unit,
+        held_out=settings.held_out,
     )
     delta = settings.delta or default_delta(dealt.units, len(dealt.shares))
     accounting.check_delta(delta, dealt.units * len(dealt.shares))
@@ -150,12 +158,20 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
 
 
 def _check(settings: Settings) -> None:
-    if settings.mode != "joint":
-        raise ConfigError(f"mode {settings.mode!r} is not known", hint="use --mode joint", code="mode", mode=settings.mode)
+    if settings.mode not in defaults.ROUNDS:
+        raise ConfigError(
+            f"mode {settings.mode!r} is not known", hint="use --mode joint or --mode local", code="mode", mode=settings.mode
+        )
+    if settings.mode == "joint" and settings.steps_per_round != 1:
+        raise ConfigError(
+            f"a round in joint mode is one step, {settings.steps_per_round} were asked for",
+            hint="leave --steps-per-round out, or use --mode local",
+            code="mode",
+        )
     if settings.home.exists() and any(settings.home.iterdir()):
         raise ConfigError(
             f"{settings.home} is not empty",
-            hint="name a new folder with --home: a simulation never overwrites ledgers",
+            hint="name a new folder with --home: a simulation is not continued, and never overwrites ledgers",
             code="home-exists",
         )
     if settings.unit in (None, "record") and (settings.max_records_per_unit or 1) > 1 and settings.data is not None:
@@ -170,28 +186,7 @@ def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, run
     """Everything before the first round: contract, service, silos, countersignatures."""
     home = aggregator.parent
     model, modules, lora_width = commands.describe_model(settings.model, settings.targets, last_layers=settings.last_layers)
-    terms = Terms(
-        name="simulation",
-        expires=commands.in_a_year(),
-        labels=dealt.labels,
-        model=model,
-        modules=modules,
-        units=dealt.units,
-        rounds=settings.rounds,
-        text_pair=dealt.text_pair,
-        max_length=settings.max_length,
-        rank=settings.rank,
-        scale=settings.scale,
-        learning_rate=settings.learning_rate,
-        warmup_rounds=min(2, settings.rounds - 1),
-        decay_rounds=settings.rounds // 2,
-        unit=dealt.unit,
-        max_records_per_unit=dealt.max_records_per_unit,
-        sampling_rate=settings.sampling_rate,
-        max_grad_norm=settings.max_grad_norm,
-        epsilon=settings.epsilon,
-        delta=delta,
-    )
+    terms = terms_of(settings, dealt, delta, model=model, modules=modules)
     who = "Simulated coordinator"
     made = commands.init(aggregator, organisation=who, terms=terms, lora_width=lora_width, port=0, simulated=True)
     running.start("serve", "aggregator", ["serve", "--home", aggregator])
@@ -204,6 +199,33 @@ def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, run
         commands.add_member(aggregator, home / name / "identity.pub")
     commands.sign(aggregator)
     _join(home, _silo_names(dealt), running)
+
+
+def terms_of(settings: Settings, dealt: Dealt, delta: float, *, model: Model, modules: Sequence[str]) -> Terms:
+    """What the draft of the simulation's contract starts from."""
+    return Terms(
+        name="simulation",
+        expires=commands.in_a_year(),
+        labels=dealt.labels,
+        model=model,
+        modules=modules,
+        units=dealt.units,
+        rounds=settings.rounds,
+        mode=settings.mode,
+        steps_per_round=settings.steps_per_round,
+        text_pair=dealt.text_pair,
+        max_length=settings.max_length,
+        rank=settings.rank,
+        basis=settings.basis,
+        scale=settings.scale,
+        learning_rate=settings.learning_rate,
+        unit=dealt.unit,
+        max_records_per_unit=dealt.max_records_per_unit,
+        sampling_rate=settings.sampling_rate,
+        max_grad_norm=settings.max_grad_norm,
+        epsilon=settings.epsilon,
+        delta=delta,
+    )
 
 
 def _join(home: Path, names: Sequence[str], running: Children) -> None:
@@ -251,7 +273,8 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
 
     with commands.running(aggregator, progress=told, sleep=sleep) as coordinator, commands.opened(aggregator) as at:
         terms = at.accepted.terms
-        curve = accounting.Curve(mechanism(terms, steps=1), terms.privacy.delta)
+        curve = accounting.Curve(mechanism(terms), terms.privacy.delta)
+        curve(terms.training.steps_per_round)  # the first figure loads the accountants: now, while the silos start
         coordinator.ensure_countersigned()
         coordinator.ensure_epoch()
         for number in range(1, settings.rounds + 1):
@@ -264,7 +287,7 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
                     rounds=settings.rounds,
                     seconds=time.monotonic() - start,
                     settled=True,
-                    epsilon=curve(number),
+                    epsilon=curve(number * terms.training.steps_per_round),
                     limit=terms.privacy.epsilon,
                 )
             )
@@ -319,6 +342,7 @@ def _result(
         seconds_per_round=_seconds_per_round(facts),
         home=str(settings.home),
         mode=settings.mode,
+        steps_per_round=settings.steps_per_round,
     )
 
 

@@ -30,14 +30,14 @@ def deal(
     With the unit ``record`` every row is a unit.
 
     Args:
-        held_out: the share of the units, above 0 and below 1; at least one unit is held out.
+        held_out: the share of the units, from 0 and below 1; above 0 at least one unit of each silo is held out.
 
     Raises:
         ConfigError: fewer than three silos, or ``held_out`` out of range.
         RecordsError: a row without unit or silo, a unit in two silos, or a silo that is left without a unit.
     """
-    if not 0 < held_out < 1:
-        raise ConfigError(f"held_out = {held_out:g}, expected above 0 and below 1", hint="hold out 0.2 of the units")
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"held_out = {held_out:g}, expected from 0 and below 1", hint="hold out 0.2 of the units")
     units = _units(rows, unit)
     groups = _dealt(units, silos) if silo_column is None else _by_column(rows, units, silo_column)
     if len(groups) < FEWEST_SILOS:
@@ -96,7 +96,7 @@ def _hold_out(groups: Sequence[Sequence[str]], share: float) -> tuple[list[list[
     kept: list[list[str]] = []
     away: list[str] = []
     for number, names in enumerate(groups, start=1):
-        cut = max(1, round(share * len(names)))
+        cut = max(1, round(share * len(names))) if share else 0
         if cut >= len(names):
             raise RecordsError(
                 f"silo {number} has {len(names)} units, at least one to train on and one to hold out are needed",

@@ -8,8 +8,12 @@ from typing import Annotated
 
 import typer
 
+from aggregator import defaults
 from cli.errors import run
-from cli.options import HERE, SETTINGS, AggregatorHome, Json
+from cli.options import HERE, SETTINGS, AggregatorHome, Basis, Json, LastLayers, Rank, SamplingRate, Targets, Units
+from privacy import lifeline
+
+_MODE = "joint: a round is one private step over all silos; local: steps of each silo alone, then the mean of their changes"
 
 app = typer.Typer(
     name="aggregator",
@@ -34,24 +38,25 @@ def init(
     name: Annotated[str, typer.Option(help="the federation's name")],
     organisation: Annotated[str, typer.Option(help="who coordinates")],
     labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order")],
-    units: Annotated[
-        int, typer.Option(min=1, help="a rounded public upper bound on any silo's privacy units, agreed, not counted")
-    ],
+    units: Units,
     rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
+    mode: Annotated[str, typer.Option(help=_MODE)] = "joint",
+    steps_per_round: Annotated[int, typer.Option(min=1, help="local mode: private steps that each silo takes in a round")] = 1,
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
-    targets: Annotated[str, typer.Option(help="names of the linear modules to adapt, comma separated")] = "",
-    last_layers: Annotated[int, typer.Option(min=0, help="adapt only so many of the last layers; 0 adapts all")] = 3,
-    scale: Annotated[float, typer.Option(help="s in W + s·B·R·A: a larger one gives R a larger share of the clip")] = 40.0,
+    targets: Targets = defaults.TARGETS,
+    last_layers: LastLayers = defaults.LAST_LAYERS,
+    scale: Annotated[float, typer.Option(help="s in W + s·B·R·A: a larger one moves R faster")] = defaults.SCALE,
     pooling: Annotated[str, typer.Option(help="mean, cls or last")] = "mean",
     text_pair: Annotated[bool, typer.Option("--text-pair", help="records have text and text_pair")] = False,
     max_length: Annotated[int, typer.Option(min=4, help="tokens per record")] = 64,
-    rank: Annotated[int, typer.Option(min=1, help="r: each adapted module trains r×r numbers")] = 8,
+    rank: Rank = defaults.RANK,
+    basis: Basis = defaults.BASIS,
     unit: Annotated[str, typer.Option(help="the column that names the privacy unit, or `record`")] = "record",
     max_records_per_unit: Annotated[int, typer.Option(min=1, help="a public cap, not tuned on data")] = 1,
     epsilon: Annotated[float, typer.Option(help="what the whole plan may cost")] = 8.0,
     delta: Annotated[float, typer.Option(help="at most 1e-5 and 1/(10 · all units)")] = 1e-6,
-    sampling_rate: Annotated[float, typer.Option(help="q: how likely a unit is in a round")] = 0.25,
-    learning_rate: Annotated[float, typer.Option(help="the update rule's step")] = 0.006,
+    sampling_rate: SamplingRate = defaults.SAMPLING_RATE,
+    learning_rate: Annotated[float, typer.Option(help="the update rule's step")] = defaults.LEARNING_RATE,
     deadline: Annotated[int, typer.Option(min=1, help="seconds a round waits for each step")] = 600,
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
@@ -67,8 +72,7 @@ def init(
     from aggregator.draft import Terms
     from cli.output import Output
 
-    wanted = _words(targets) or commands.ALL_LINEAR_OF_BERT
-    table, modules, lora_width = commands.describe_model(model, wanted, pooling=pooling, last_layers=last_layers or None)
+    table, modules, lora_width = commands.describe_model(model, _words(targets), pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
         name=name,
         expires=commands.in_a_year(),
@@ -77,12 +81,14 @@ def init(
         modules=modules,
         units=units,
         rounds=rounds,
+        mode=mode,
+        steps_per_round=steps_per_round,
         text_pair=text_pair,
         max_length=max_length,
         rank=rank,
+        basis=basis,
         scale=scale,
         learning_rate=learning_rate,
-        decay_rounds=rounds // 2,
         unit=unit,
         max_records_per_unit=max_records_per_unit,
         sampling_rate=sampling_rate,
@@ -132,11 +138,12 @@ def sign(home: AggregatorHome = HERE, json: Json = False) -> None:
     from cli.output import Output
 
     signed = commands.sign(home)
+    steps = f" of {signed['steps_per_round']} steps" if signed["mode"] == "local" else ""
     Output(json=json).result(
         signed,
         [
             f"contract version {signed['version']} {signed['contract']}",
-            f"noise multiplier {signed['noise_multiplier']} over {signed['rounds']} rounds",
+            f"noise multiplier {signed['noise_multiplier']} over {signed['rounds']} rounds{steps}",
             f"epsilon {signed['epsilon']} at delta {signed['delta']}",
             "next: `aggregator serve`; each silo runs `silo join`",
         ],
@@ -289,7 +296,7 @@ def report(
             "rounds": len(facts.rounds),
         },
         [
-            f"epsilon {spent.epsilon:.4g} at delta {facts.guarantee.delta:g} after {spent.steps} rounds",
+            f"epsilon {spent.epsilon:.4g} at delta {facts.guarantee.delta:g} after {spent.rounds} rounds",
             f"record {record}",
             f"page   {page}",
         ],
@@ -301,19 +308,26 @@ def simulate(
     data: Annotated[
         Path | None, typer.Option(help="JSON lines, CSV or Parquet with text, (text_pair), label; built-in pairs unless given")
     ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="records to measure accuracy on; a fifth of the units is held out unless given")
+    ] = None,
     silos: Annotated[int, typer.Option(min=3, help="how many silos to deal the records to")] = 3,
     silo_column: Annotated[str | None, typer.Option(help="the column that says which silo owns a record")] = None,
-    unit: Annotated[
-        str | None, typer.Option(help="the column that names the privacy unit; each record is one unless given")
-    ] = None,
+    unit: Annotated[str | None, typer.Option(help="the column that names the privacy unit; else each record is one")] = None,
     max_records_per_unit: Annotated[
         int | None, typer.Option(min=1, max=1024, help="more of one unit are left out; 8 with --unit, else 1, unless given")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="private rounds")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="private rounds; 24, or 6 in local mode, unless given")] = None,
+    steps_per_round: Annotated[int | None, typer.Option(min=1, help="local mode: a silo's steps in a round; else 4")] = None,
     epsilon: Annotated[float, typer.Option(help="what the run may cost")] = 8.0,
     delta: Annotated[float | None, typer.Option(help="1/(10 · all units), at most 1e-5, unless given")] = None,
-    mode: Annotated[str, typer.Option(help="joint: one private step over all silos per round")] = "joint",
+    mode: Annotated[str, typer.Option(help=_MODE)] = "joint",
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
+    targets: Targets = defaults.TARGETS,
+    last_layers: LastLayers = defaults.LAST_LAYERS,
+    rank: Rank = defaults.RANK,
+    basis: Basis = defaults.BASIS,
+    sampling_rate: SamplingRate = defaults.SAMPLING_RATE,
     home: Annotated[Path | None, typer.Option(help="a new folder; simulation-<time> unless given")] = None,
     json: Json = False,
 ) -> None:
@@ -323,6 +337,7 @@ def simulate(
     Examples:
       aggregator simulate
       aggregator simulate --data notes.jsonl --silo-column hospital --unit patient_id --epsilon 3
+      aggregator simulate --mode local --rounds 4 --steps-per-round 4
       aggregator simulate --json > result.json
     """
     import time
@@ -333,10 +348,10 @@ def simulate(
     from cli.progress import SimulationDisplay, closing_words
 
     output = Output(json=json)
-    folder = home or Path(time.strftime("simulation-%Y%m%d-%H%M%S"))
     settings = Settings(
-        home=folder,
+        home=home or Path(time.strftime("simulation-%Y%m%d-%H%M%S")),
         data=data,
+        held_out=held_out,
         silo_column=silo_column,
         silos=silos,
         unit=unit,
@@ -345,7 +360,13 @@ def simulate(
         delta=delta,
         mode=mode,
         model=model,
-        rounds=rounds or Settings.rounds,
+        targets=_words(targets),
+        last_layers=last_layers or None,
+        rank=rank,
+        basis=basis,
+        sampling_rate=sampling_rate,
+        rounds=rounds or defaults.ROUNDS.get(mode, 1),
+        steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1),
     )
     with SimulationDisplay(output) as display:
         result = run_simulation(settings, display.step)
@@ -358,6 +379,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def main() -> None:
     """Entry point of the ``aggregator`` command."""
+    lifeline.watch()
     raise SystemExit(run(app))
 
 

@@ -15,4 +15,10 @@ AggregatorHome = Annotated[
     Path, typer.Option("--home", help="the aggregator's directory", envvar="AGGREGATOR_HOME", show_default=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on stdout")]
+Units = Annotated[int, typer.Option(min=1, help="a rounded public upper bound on any silo's privacy units, agreed, not counted")]
+Targets = Annotated[str, typer.Option(help="names of the linear modules to adapt, comma separated, or `all-linear`")]
+LastLayers = Annotated[int, typer.Option(min=0, help="adapt only so many of the last layers; 0 adapts all")]
+Rank = Annotated[int, typer.Option(min=1, help="r: each adapted module trains r×r numbers")]
+Basis = Annotated[str, typer.Option(help="where the frozen A and B come from: weights (an SVD of each layer) or random (a seed)")]
+SamplingRate = Annotated[float, typer.Option(help="q: how likely a unit is in a step")]
 HERE = Path()

@@ -33,7 +33,7 @@ _WAITING = {
 }
 
 
-_HEAD = "a private linear head alone (best of {} step sizes, each at the same epsilon)"
+_HEAD = "a private linear head alone ({}best of {} step sizes, each at the same epsilon)"
 
 
 class RoundDisplay:
@@ -95,13 +95,14 @@ def closing_words(result: Result) -> Iterator[str | Table]:
         ("", "accuracy"),
         [
             ("before: an untrained head, which answers the first label to everything", f"{result.accuracy_before:.3f}"),
-            (_HEAD.format(HEAD_MODELS), f"{result.accuracy_head:.3f}"),
+            (_HEAD.format("in joint mode, " if result.mode == "local" else "", HEAD_MODELS), f"{result.accuracy_head:.3f}"),
             ("after: R-only LoRA-SB adapters and head", f"{result.accuracy_after:.3f}"),
         ],
     )
     yield ""
+    whom = "everyone, the aggregator and all other silos" if result.mode == "local" else "the aggregator with one colluding silo"
     yield table(
-        f"privacy against the aggregator with one colluding silo, delta {result.delta:g}",
+        f"privacy against {whom}, delta {result.delta:g}",
         ("silo, by its own ledger", "epsilon"),
         [(name, f"{epsilon:.3f}") for name, epsilon in result.epsilon_per_silo.items()],
     )
@@ -112,6 +113,7 @@ def closing_words(result: Result) -> Iterator[str | Table]:
     yield f"plain LoRA of the same rank would send {size(result.lora_bytes)}, {ratio:.0f} times as much"
     yield f"model {result.model_digest}"
     yield f"computed independently by {len(result.digests)} parties: {', '.join(result.digests)}"
-    yield f"{result.rounds} rounds, {result.seconds_per_round:.1f} s each, {result.seconds:.0f} s in all"
+    steps = f" of {result.steps_per_round} steps" if result.mode == "local" else ""
+    yield f"{result.rounds} rounds{steps}, {result.seconds_per_round:.1f} s each, {result.seconds:.0f} s in all"
     yield f"report {result.report_html}"
     yield f"record {result.report}"

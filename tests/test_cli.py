@@ -9,19 +9,20 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from privacy import keys, ledger
 from privacy.errors import MachineError
-from silo import commands
+from silo import commands, reading
 from silo.transport import HttpTransport
 from tests import sessions
 from tests.sessions import Terminal
 
 COMMANDS = [
-    *(f"silo {name}" for name in ("init", "join", "train", "status", "budget", "eval")),
+    *(f"silo {name}" for name in ("init", "join", "train", "status", "budget", "eval", "export")),
     *(f"aggregator {n}" for n in ("init", "member", "sign", "serve", "round", "status", "budget", "report", "simulate")),
 ]
 
@@ -257,7 +258,9 @@ def test_the_aggregators_files_that_are_not_right_are_3(terminal, trial, tmp_pat
                      "--model", tmp_path / "nothing", "--home", tmp_path / "new", "--json"), 3)  # fmt: skip
     assert not (tmp_path / "new").exists()
     refused(terminal("aggregator member", tmp_path / "none.pub", "--home", hub, "--json"), 3, "no-file")
-    refused(terminal("aggregator sign", "--home", hub, "--json"), 3)
+    draft = (hub / "federation.draft.toml").read_text()
+    (hub / "federation.draft.toml").write_text(draft.replace("rounds = 3", "rounds = 4"))
+    refused(terminal("aggregator sign", "--home", hub, "--json"), 3, "signed")
     text = (hub / "aggregator.toml").read_text()
     (hub / "aggregator.toml").write_text(text.replace("port =", "prot ="))
     refused(terminal("aggregator status", "--home", hub, "--json"), 3, "config", "prot")
@@ -275,6 +278,7 @@ def test_simulate_refuses_bad_data_and_a_folder_in_use(terminal, tmp_path, model
     refused(terminal("aggregator simulate", "--data", tmp_path / "gone.jsonl", "--home", new, *common), 3)
     refused(terminal("aggregator simulate", "--data", data, "--silo-column", "hospital", "--home", new, *common), 3)
     refused(terminal("aggregator simulate", "--data", data, "--mode", "central", "--home", new, *common), 3, "mode")
+    refused(terminal("aggregator simulate", "--data", data, "--steps-per-round", 2, "--home", new, *common), 3, "mode", "one step")
     capped = ("--max-records-per-unit", 4, "--home", new)
     refused(terminal("aggregator simulate", "--data", data, *capped, *common), 3, "no-unit", "--unit")
     refused(terminal("aggregator simulate", "--data", data, "--delta", 1e-4, "--home", new, *common), 5, None, "1e-05")
@@ -283,6 +287,42 @@ def test_simulate_refuses_bad_data_and_a_folder_in_use(terminal, tmp_path, model
     data.write_text('{"text": "fever"}\n' * 30)
     refused(terminal("aggregator simulate", "--data", data, "--home", new, *common), 3)
     assert not (new / "aggregator").exists()
+
+
+def test_the_mode_is_chosen_at_the_beginning(terminal, tmp_path, model):
+    words = ["--name", "t", "--organisation", "T", "--labels", "a,b", "--units", 900, "--rounds", 3, "--model", model, "--json"]
+    made = terminal("aggregator init", *words, "--mode", "local", "--steps-per-round", 4, "--home", tmp_path / "a")
+    draft = tomllib.loads(Path(made.document["draft"]).read_text())
+    assert (draft["training"]["mode"], draft["training"]["steps_per_round"], draft["training"]["rounds"]) == ("local", 4, 3)
+    refused(terminal("aggregator init", *words, "--mode", "both", "--home", tmp_path / "b"), 3, "contract", "both")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_adapter_is_chosen_at_the_beginning(terminal, tmp_path, model):
+    words = ["--name", "t", "--organisation", "T", "--labels", "a,b", "--units", 900, "--rounds", 1, "--model", model, "--json"]
+    chosen = ("--targets", "all-linear", "--last-layers", 0, "--basis", "random", "--rank", 4, "--sampling-rate", 0.5)
+    assert terminal("aggregator init", *words, *chosen, "--home", tmp_path / "a").code == 0
+    draft = tomllib.loads((tmp_path / "a" / "federation.draft.toml").read_text())
+    assert (draft["adapter"]["basis"], draft["adapter"]["rank"], draft["privacy"]["sampling_rate"]) == ("random", 4, 0.5)
+    assert len(draft["adapter"]["modules"]) == 12
+    assert terminal("aggregator init", *words, "--home", tmp_path / "usual").code == 0
+    usual = tomllib.loads((tmp_path / "usual" / "federation.draft.toml").read_text())
+    assert usual["adapter"]["basis"] == "weights"
+    ends = ("attention.self.value", "attention.output.dense")
+    assert usual["adapter"]["modules"] == [name for name in draft["adapter"]["modules"] if name.endswith(ends)]
+    refused(terminal("aggregator init", *words, "--basis", "private", "--home", tmp_path / "b"), 3, "contract", "basis")
+    refused(terminal("aggregator init", *words, "--targets", "uery", "--home", tmp_path / "b"), 3, "target-modules", "query")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [("--basis private", "basis"), ("--rank 5000", "rank"), ("--sampling-rate 2", "sampling_rate"), ("--targets uery", "uery")],
+)
+def test_simulate_takes_the_adapter_and_the_rate_that_it_is_given(terminal, tmp_path, model, words, says):
+    """What cannot stand in a contract is refused with its key: so what is given gets there."""
+    data = sessions.write_rows(tmp_path / "d.jsonl", sessions.rows(90))
+    common = ("--data", data, "--model", model, "--home", tmp_path / "new", "--json")
+    refused(terminal(f"aggregator simulate {words}", *common), 3, None, says)
 
 
 # --- Trust: 4 --------------------------------------------------------------------------------------------
@@ -467,7 +507,7 @@ def test_a_whole_evening_of_commands_says_no_secret(terminal, joinable, trial, t
             terminal(f"silo {words}", "--home", joinable, *suffix)
         for words in ("status", "sign", "budget", "round"):
             terminal(f"aggregator {words}", "--home", trial / "hub", *suffix)
-    monkeypatch.setattr(commands, "status", lambda home: (_ for _ in ()).throw(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(reading, "status", lambda home: (_ for _ in ()).throw(ZeroDivisionError("a bug")))
     bug = terminal("silo status", "--home", joinable, "--json")
     assert (bug.code, bug.error["code"]) == (1, "bug")
     traceback = Path(bug.error["traceback"])

@@ -7,15 +7,17 @@ import re
 import tomllib
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from aggregator import config, enrolment, rounds
 from aggregator.config import Config, Home
 from aggregator.draft import Terms
 from aggregator.store import Store
-from privacy import federation, keys, ring
+from privacy import accounting, federation, keys, ring
 from privacy.errors import BudgetExhausted, ConfigError, TrustError
 from privacy.federation import Contract, Model, ring_plan
+from privacy.keys import Identity
 
 MODEL = Model(name="tiny", digest="ab" * 32, hidden_size=8)
 TERMS = Terms(
@@ -61,6 +63,19 @@ def test_init_makes_a_home_whose_private_key_is_private(tmp_path):
     assert keys.load(home.identity_path) == identity
 
 
+def test_a_half_made_home_is_completed_and_an_edited_draft_is_not_overwritten(tmp_path):
+    place = {"name": "hub", "organisation": "Hub", "host": "127.0.0.1", "port": 0}
+    home, identity = enrolment.init(tmp_path / "a", terms=TERMS, **place)
+    home.config_path.unlink()  # it is written last: this is what a crash leaves
+    assert enrolment.init(tmp_path / "a", terms=TERMS, **place)[1] == identity
+    home.config_path.unlink()
+    edit(home, "rounds = 5", "rounds = 7")
+    edited = home.draft_path.read_bytes()
+    with pytest.raises(ConfigError, match="stands with other terms"):
+        enrolment.init(tmp_path / "a", terms=TERMS, **place)
+    assert home.draft_path.read_bytes() == edited
+
+
 @pytest.mark.parametrize(
     "change", [{"name": "No Name"}, {"labels": ("one",)}, {"delta": 2.0}, {"expires": "soon"}, {"labels": ("a", "b\n")}]
 )
@@ -95,8 +110,11 @@ def test_a_key_or_name_enters_once_and_never_as_the_aggregators(tmp_path):
     home, identity, _ = made(tmp_path)
     before = home.draft_path.read_bytes()
     first = (tmp_path / "silos" / "silo-1.pub").read_bytes()
-    with pytest.raises(ConfigError, match="key of silo-1 stands"):
-        enrolment.add_member(home, first)
+    assert enrolment.add_member(home, first).id == 1, "the same command again, after it was killed"
+    elsewhere = Identity(name="silo-9", sign_seed=keys.load(tmp_path / "silos" / "silo-1.key").sign_seed)
+    keys.write_public(tmp_path / "renamed.pub", elsewhere, "North Hospital")
+    with pytest.raises(ConfigError, match="key of silo-9 stands in the draft as silo-1"):
+        enrolment.add_member(home, (tmp_path / "renamed.pub").read_bytes())
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="called silo-1"):
         enrolment.add_member(home, public_of(tmp_path / "other", "silo-1"))
@@ -146,6 +164,28 @@ def test_the_calibrated_noise_is_the_least_that_keeps_the_promise(tmp_path):
     assert enrolment.complete(text) == text
 
 
+def test_a_local_draft_is_calibrated_for_all_steps_and_one_silos_own_noise(tmp_path):
+    home, identity, store = made(tmp_path, with_terms(mode="local", steps_per_round=3, update_bound=0.5))
+    terms = enrolment.sign_version(home, identity, store, now=5.0).terms
+    assert (terms.training.mode, terms.training.steps_per_round, terms.training.update_bound) == ("local", 3, 0.5)
+    event = federation.mechanism(terms)
+    assert (event.shares, event.steps) == (1, 15)
+    sigma = terms.privacy.noise_multiplier
+    assert accounting.certify([event], terms.privacy.delta).epsilon <= terms.privacy.epsilon
+    less = msgspec.structs.replace(terms, privacy=msgspec.structs.replace(terms.privacy, noise_multiplier=sigma - 2e-4))
+    with pytest.raises(BudgetExhausted, match="5 rounds"):
+        enrolment.check_plan(less)
+    finest = ring.plan(silos=1, shares=1, dimension=terms.dimension, sampling_rate=0.25, units=200, noise_multiplier=sigma)
+    assert ring_plan(terms) == finest
+
+
+def test_a_joint_draft_of_several_steps_a_round_is_not_signed(tmp_path):
+    home, identity, store = made(tmp_path, with_terms(steps_per_round=3))
+    with pytest.raises(ConfigError, match="a joint round is one step"):
+        enrolment.sign_version(home, identity, store, now=5.0)
+    assert not home.contract_path(1).exists()
+
+
 def test_stated_noise_that_breaks_the_promise_is_not_signed(tmp_path):
     home, identity, store = made(tmp_path, with_terms(noise_multiplier=0.3, lattice_bits=16))
     with pytest.raises(BudgetExhausted, match="the draft promises 8"):
@@ -159,6 +199,7 @@ def test_stated_noise_that_breaks_the_promise_is_not_signed(tmp_path):
 def test_a_second_signing_is_refused_and_changes_nothing(tmp_path):
     home, identity, store = made(tmp_path)
     accepted = enrolment.sign_version(home, identity, store, now=0.0)
+    assert enrolment.sign_version(home, identity, store, now=9.0) == accepted, "the same command again, after it was killed"
     edit(home, "rounds = 5", "rounds = 50")
     with pytest.raises(ConfigError, match=f"version 1 of the contract is signed and stands .digest {accepted.digest.hex()[:16]}"):
         enrolment.sign_version(home, identity, store, now=0.0)

@@ -46,7 +46,7 @@ def test_the_federation_by_hand_runs_as_it_is_written(tmp_path: Path) -> None:
         for own_terminals, lines in blocks():
             for line in lines:
                 words = shlex.split(line.replace("8470", port).replace("$FINGERPRINT", fingerprint))
-                words += ["--model", str(model), "--last-layers", "0"] if words[:2] == ["aggregator", "init"] else []
+                words += ["--model", str(model), "--last-layers", "0", "--rank", "4"] if words[:2] == ["aggregator", "init"] else []
                 command = [sys.executable, "-m", f"cli.{words[0]}", *words[1:]]
                 if own_terminals:
                     running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL))

@@ -15,7 +15,7 @@ from privacy import files, keys, ledger, ring
 from privacy.errors import BudgetExhausted, ConfigError, LedgerBroken, PrivacyRefusal, TrustError
 from privacy.federation import Accepted, parse
 from privacy.guardian_sum import check_total
-from silo import commands, membership
+from silo import commands, membership, reading
 from silo.config import Limits
 from silo.home import Home
 from silo.settlement import verified_total
@@ -171,7 +171,7 @@ def test_a_failure_that_comes_back_does_not_burn_the_plan(silo):
     with pytest.raises(PrivacyRefusal, match="attempted 3 times") as caught:
         spend(root, contract(), round_number=1)
     assert caught.value.code == "too-many-attempts"
-    history = ledger.History.read(Home(root).ledger_path, verify=commands._verify(keys.load(Home(root).identity_path)))
+    history = ledger.History.read(Home(root).ledger_path, verify=reading.verifier(keys.load(Home(root).identity_path)))
     assert sum(event.steps for event in history.charged()) == 3
     spend(root, contract(), round_number=2)
 

@@ -17,7 +17,7 @@ from aggregator import commands as hub_commands
 from aggregator import dealing
 from privacy import keys, ledger
 from privacy.ledger import Reserve
-from silo import commands
+from silo import commands, reading
 from silo.upload import Persisted
 from tests import sessions
 
@@ -42,8 +42,9 @@ def simulated(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated")
     data, home = sessions.write_rows(folder / "small.jsonl", sessions.rows(150)), folder / "DIR"
     done = sessions.finish(
-        "aggregator", "simulate", "--data", data, "--model", model, "--rounds", 3, "--epsilon", 6, "--home", home, "--json"
-    )
+        "aggregator", "simulate", "--data", data, "--model", model, "--rank", 4, "--rounds", 3, "--epsilon", 6, "--home", home,
+        "--json",
+    )  # fmt: skip
     assert done.code == 0, done.out + done.err
     return done, home
 
@@ -104,7 +105,7 @@ def test_each_ledger_holds_what_the_figure_says(simulated):
     for number in (1, 2, 3):
         reserves = [e for e in history(home / f"silo-{number}").entries if isinstance(e, Reserve)]
         assert [e.round for e in reserves] == [1, 2, 3]
-    spent = [commands.budget(home / f"silo-{number}", 0) for number in (1, 2, 3)]
+    spent = [reading.budget(home / f"silo-{number}", 0) for number in (1, 2, 3)]
     assert [each["epsilon"] for each in spent] == list(done.document["epsilon_per_silo"].values())
     assert max(each["epsilon_pld"] for each in spent) == done.document["epsilon"]
     assert {each["delta"] for each in spent} == {done.document["delta"]}
@@ -128,6 +129,31 @@ def test_units_of_the_simulated_contract_bound_the_largest_silo(simulated):
     held = [len((home / f"silo-{n}" / "records.jsonl").read_text().splitlines()) for n in (1, 2, 3)]
     assert max(held) <= terms.privacy.units == dealing.rounded_up(max(held))
     assert terms.privacy.delta <= min(1e-5, 1 / (10 * terms.privacy.units * 3))
+
+
+def test_simulate_in_local_mode_charges_every_step_and_all_parties_reach_one_model(model, tmp_path):
+    data, home = sessions.write_rows(tmp_path / "small.jsonl", sessions.rows(150)), tmp_path / "DIR"
+    done = sessions.finish(
+        "aggregator", "simulate", "--mode", "local", "--rounds", 2, "--steps-per-round", 3, "--rank", 4, "--data", data,
+        "--model", model, "--epsilon", 6, "--home", home, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.out + done.err
+    found = done.document
+    assert (found["mode"], found["rounds"], found["steps_per_round"]) == ("local", 2, 3)
+    assert set(found["digests"].values()) == {found["model_digest"]}
+    assert 0 < found["epsilon"] <= 6
+    for number in (1, 2, 3):
+        root = home / f"silo-{number}"
+        reserves = [e for e in history(root).entries if isinstance(e, Reserve)]
+        assert [(e.round, e.mechanism.steps, e.mechanism.shares) for e in reserves] == [(1, 3, 1), (2, 3, 1)]
+        spent = reading.budget(root, 0)
+        assert (spent["steps"], spent["steps_left"], spent["rounds_left"]) == (6, 0, 0)
+        assert spent["epsilon"] == found["epsilon_per_silo"][f"silo-{number}"]
+        assert reading.status(root)["mode"] == "local"
+    facts = json.loads(Path(found["report"]).read_bytes())
+    assert facts["federation"]["mode"] == "local"
+    assert [silo["spent"]["steps"] for silo in facts["silos"]] == [6, 6, 6]
+    assert {each["spent"]["epsilon"] for each in facts["guarantee"]["adversaries"]} == set(found["epsilon_per_silo"].values())
 
 
 @pytest.mark.parametrize(
@@ -176,7 +202,7 @@ def federation(model, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    table, modules, width = hub_commands.describe_model(str(model), hub_commands.ALL_LINEAR_OF_BERT)
+    table, modules, width = hub_commands.describe_model(str(model), ["all-linear"])
     terms = hub_commands.Terms(
         name="killed", expires=hub_commands.in_a_year(), labels=("no", "yes"), model=table, modules=modules, units=200, rounds=4,
         sampling_rate=0.9, epsilon=8.0, delta=1e-5, max_length=32, rank=4, deadline_s=120,
@@ -266,7 +292,7 @@ def test_a_silo_killed_between_computing_and_sending_sends_the_persisted_bytes(f
     entries = [e for e in history(root).entries if isinstance(e, Reserve)]
     assert [e.round for e in entries] == [1, 1, 2], "the attempt that was lost stays charged; the one that was sent is charged once"
     assert entries[1].attempt == Persisted.from_bytes(seen["bytes"]).attempt.hex()
-    stated = [commands.status(home / f"silo-{n}") for n in (1, 2, 3)]
+    stated = [reading.status(home / f"silo-{n}") for n in (1, 2, 3)]
     assert {s["model_digest"] for s in stated} == {states[-1]}
     assert {s["round"] for s in stated} == {2}
     assert stated[0]["epsilon"] > stated[1]["epsilon"] == stated[2]["epsilon"] > 0

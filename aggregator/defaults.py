@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new contract says unless it is told otherwise; one place for ``aggregator init``, ``simulate`` and the draft.
+
+Where the figures come from, and on which data sets: docs/adr/0010-defaults.md and docs/benchmarks.md (``benchmarks/utility.py``).
+They are no promise for other data: a contract states its own.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from privacy.base_model import VALUE_OUTPUT
+
+TARGETS: Final = VALUE_OUTPUT
+LAST_LAYERS: Final = 3
+RANK: Final = 32
+BASIS: Final = "weights"
+SCALE: Final = 4.0
+LEARNING_RATE: Final = 0.04
+MAX_GRAD_NORM: Final = 1.0
+SAMPLING_RATE: Final = 0.25
+ROUNDS: Final = {"joint": 24, "local": 6}
+STEPS_PER_ROUND: Final = {"joint": 1, "local": 4}
+"""By mode: equally many private steps in all."""
+
+
+def warmup(rounds: int, steps_per_round: int) -> int:
+    """Over how many of the first ``rounds`` the learning rate rises: two private steps."""
+    return min(2 // steps_per_round, rounds - 1)
+
+
+def decay(rounds: int) -> int:
+    """Over how many of the last of ``rounds`` the learning rate falls to nothing."""
+    return rounds // 2
