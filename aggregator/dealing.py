@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aggregator import pairs, split
 from privacy import rows
+from privacy.errors import RecordsError
 
 _RECORDS_OF_A_COLUMN = 8
 _HELD_OUT = 0.2
@@ -52,6 +53,7 @@ def deal(
 
     Raises:
         SiloquyError: as ``privacy.rows.read_rows`` and ``aggregator.split.deal``.
+        RecordsError: the file of held-out records is empty, or has other labels.
     """
     if data is None:
         found: list[Mapping[str, object]] = [
@@ -71,7 +73,7 @@ def deal(
     ]
     return Dealt(
         shares=shares,
-        held_out=away if held_out is None else [row for _, row in rows.read_rows(held_out)],
+        held_out=away if held_out is None else _apart(held_out, labels),
         labels=labels,
         text_pair="text_pair" in found[0],
         unit=column,
@@ -79,6 +81,19 @@ def deal(
         units=rounded_up(max(len(counts) for counts in per_unit)),
         left_out=sum(max(0, count - most) for counts in per_unit for count in counts),
     )
+
+
+def _apart(path: Path, labels: Sequence[str]) -> list[Mapping[str, object]]:
+    """The held-out records of a file of their own, whose labels are refused now and not after the training."""
+    found = [row for _, row in rows.read_rows(path)]
+    unknown = sorted({str(row.get("label", "")) for row in found} - set(labels))
+    if unknown or not found:
+        raise RecordsError(
+            f"{path.name}: {len(found)} records, {len(unknown)} labels that the training records do not have",
+            hint="hold out records of the same task, with text and label",
+            code="held-out",
+        )
+    return found
 
 
 def rounded_up(count: int) -> int:

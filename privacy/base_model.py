@@ -42,6 +42,8 @@ _TOKENIZER_FILES = (
 _VALUE_OUTPUT = (
     ("attention.self.value", "attention.output.dense"),
     ("attention.self.value_proj", "attention.output.dense"),
+    ("attention.value", "attention.dense"),
+    ("attn.v", "attn.o"),
     ("v_proj", "o_proj"),
     ("v_proj", "out_proj"),
     ("v_lin", "out_lin"),

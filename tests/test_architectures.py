@@ -115,6 +115,26 @@ def step_with_all_linear(folder: Path) -> None:
     check_private_step(adapted(folder, modules), modules)
 
 
+FUSED = {"bloom", "gpt2", "gpt_bigcode", "gpt_neox", "mamba", "mamba2", "modernbert", "openai-gpt", "phi3"}
+
+
+@pytest.mark.parametrize("kind", sorted({*ALL_LINEAR, *SOME} - FUSED))
+def test_value_output_names_one_of_each_in_every_layer(kind: str, tmp_path: Path) -> None:
+    sizes, _ = {**ALL_LINEAR, **SOME}[kind]
+    saved(kind, sizes, tmp_path)
+    found = base_model.match_modules(base_model.describe(tmp_path), ["value-output"])
+    value = [name for name in found if name.rsplit(".", 1)[-1] in {"value", "value_proj", "v", "v_proj", "v_lin"}]
+    assert len(found) == 2 * len(value) > 0
+    assert all("attention" in name or "attn" in name for name in found)
+
+
+@pytest.mark.parametrize("kind", sorted(FUSED))
+def test_value_output_is_refused_where_they_are_one_with_others(kind: str, tmp_path: Path) -> None:
+    saved(kind, ALL_LINEAR[kind][0], tmp_path)
+    with pytest.raises(ConfigError, match="no value and output projections of their own"):
+        base_model.match_modules(base_model.describe(tmp_path), ["value-output"])
+
+
 @pytest.mark.parametrize("kind", ALL_LINEAR)
 def test_all_linear_of_a_family_is_described_and_takes_a_private_step(kind: str, tmp_path: Path) -> None:
     sizes, count = ALL_LINEAR[kind]

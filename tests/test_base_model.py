@@ -271,6 +271,21 @@ def test_all_linear_of_minilm_is_all_of_its_layers(minilm: Path) -> None:
     assert len(match_modules(found, ["all-linear"])) == 36
 
 
+def test_value_output_is_the_value_and_output_projections_of_attention(minilm: Path) -> None:
+    found = match_modules(describe(minilm), ["value-output"])
+    assert found == match_modules(describe(minilm), ["attention.self.value", "attention.output.dense"])
+    assert len(found) == 12
+    with_query = match_modules(describe(minilm), ["value-output", "attention.self.query"])
+    assert set(with_query) == {*found, *match_modules(describe(minilm), ["query"])}
+
+
+def test_value_output_is_refused_where_the_architecture_has_no_such_layers(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no value and output projections of their own") as caught:
+        match_modules(describe(folder), ["value-output"])
+    assert "all-linear" in caught.value.hint
+    assert "dense, query" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("layer.0.rel_attn.q", (4, 2, 2)), ("encoder.experts.gate_up_proj", (2, 4, 8)), ("layer.0.experts.1.w1.weight", (4, 4)),

@@ -16,6 +16,7 @@ import pytest
 from aggregator import commands as hub_commands
 from aggregator import dealing
 from privacy import keys, ledger
+from privacy.errors import RecordsError
 from privacy.ledger import Reserve
 from silo import commands, reading
 from silo.upload import Persisted
@@ -175,6 +176,22 @@ def test_records_that_the_cap_leaves_out_are_told_and_the_cap_is_eight_of_a_colu
     assert (one.max_records_per_unit, one.left_out) == (1, 9 * large)
     each = dealing.deal(data, silos=3, silo_column=None, unit=None, max_records_per_unit=None)
     assert (each.max_records_per_unit, each.left_out) == (1, 0)
+
+
+def test_held_out_records_of_a_file_of_their_own_leave_all_others_to_the_silos(tmp_path):
+    data = sessions.write_rows(tmp_path / "d.jsonl", sessions.rows(90))
+    apart = sessions.write_rows(tmp_path / "h.jsonl", sessions.rows(12, start_at=90))
+    dealt = dealing.deal(data, silos=3, silo_column=None, unit=None, max_records_per_unit=None, held_out=apart)
+    assert [len(share) for share in dealt.shares] == [30, 30, 30]
+    assert [row["text"] for row in dealt.held_out] == [row["text"] for row in sessions.rows(12, start_at=90)]
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "fever", "label": "neither"}\n'])
+def test_held_out_records_that_cannot_be_evaluated_are_refused_before_anything_is_trained(tmp_path, content):
+    data = sessions.write_rows(tmp_path / "d.jsonl", sessions.rows(90))
+    (tmp_path / "h.jsonl").write_text(content)
+    with pytest.raises(RecordsError):
+        dealing.deal(data, silos=3, silo_column=None, unit=None, max_records_per_unit=None, held_out=tmp_path / "h.jsonl")
 
 
 def test_no_process_and_no_service_file_is_left(simulated):

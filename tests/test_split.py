@@ -43,6 +43,13 @@ def test_rows_keep_their_order() -> None:
         assert part == [row for row in table if row in part]
 
 
+def test_no_share_holds_nothing_out() -> None:
+    table = rows(31)
+    kept, away = deal(table, silos=3, silo_column=None, unit="p", held_out=0)
+    assert away == []
+    assert [len(units_of(part)) for part in kept] == [11, 10, 10]
+
+
 def test_each_row_is_a_unit_when_the_unit_is_the_record() -> None:
     table = [{"text": "same"}] * 50
     kept, away = deal(table, silos=5, silo_column=None, unit="record", held_out=0.2)
@@ -72,7 +79,7 @@ def test_fewer_than_three_silos_are_refused(silos: int) -> None:
         deal(rows(20, site="a"), silos=5, silo_column="site", unit="p")
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="held_out"):
         deal(rows(20), silos=3, silo_column=None, unit="p", held_out=share)
