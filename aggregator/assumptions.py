@@ -28,7 +28,7 @@ class Assumption(Fact, frozen=True, kw_only=True):
 
 def of(terms: Contract, *, simulated: bool = False) -> tuple[Assumption, ...]:
     """What the figures rest on, the gravest first, numbered A1 and on."""
-    is_local = terms.training.mode == "local"
+    is_local = wording.is_local(terms)
     groups: tuple[tuple[Literal["guarantee", "figure", "scope"], tuple[Row, ...]], ...] = (
         ("guarantee", _must_hold_alone(simulated) if is_local else _must_hold(terms, simulated)),
         ("figure", _should_hold(terms, simulated)),
@@ -47,7 +47,9 @@ _BATCH_MATES: Row = (
     "one unit could move a sum by more than C",
 )
 _RANDOM: Row = (
-    "The operating system’s random numbers are unpredictable, and noise is never drawn twice for one sample.",
+    "The operating system’s random numbers are unpredictable, and noise is never drawn twice for one sample. Noise and samples "
+    "are expanded from them by AES-256 as a pseudo-random function: ε is against bounded computing power, even where no secure "
+    "sum is counted on.",
     "noise could be guessed or averaged away",
 )
 _RIGHT: Row = (

@@ -67,7 +67,7 @@ class Federation(Fact, frozen=True, kw_only=True):
 
 
 class Adversary(Fact, frozen=True, kw_only=True):
-    """What one adversary can learn: now and at the end of the plan. ``name`` is that of privacy.mechanism.adversaries."""
+    """What one adversary can learn: now and at the end of the plan. ``name`` is that of privacy.federation.adversaries."""
 
     name: Literal["outside", "insiders", "sum_broken"]
     who: str

@@ -27,7 +27,7 @@ from typing import Annotated
 import msgspec
 
 from privacy import files
-from privacy.errors import ConfigError, MachineError
+from privacy.errors import ConfigError
 from privacy.federation import Name
 
 DEFAULT_PORT = 8470
@@ -95,7 +95,7 @@ class Home:
                 f"{home.config_path} exists", hint="choose another folder, or use the aggregator that is there", code="home-exists"
             )
         for folder in (root, home.contract_folder, home.evidence_folder, home.state_folder):
-            _make_folder(folder)
+            files.make_folder(folder)
         return home
 
     def finish(self, config: Config) -> None:
@@ -176,12 +176,3 @@ def _quote(text: str) -> str:
     if not text.isprintable():
         raise ConfigError(f"{text!r} has characters that are not printable", hint="leave them out", code="config")
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"cannot make {path}: {error.strerror}", hint="choose another folder, or mend its permissions", code="cannot-write"
-        ) from error

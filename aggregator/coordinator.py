@@ -117,7 +117,7 @@ class Coordinator:
         """Run round ``number`` to its outcome, from wherever the documents stand; a settled round is checked again.
 
         Raises:
-            RoundError: out of order, the plan is done, too many void rounds in a row, or the model digests differ.
+            RoundError: out of order, the plan is done, too many void or rejected rounds in a row, or the model digests differ.
             TrustError: a silo's document is faulty; the round was closed as void first.
             ConfigError: the contract expired.
         """
@@ -125,10 +125,9 @@ class Coordinator:
         if not self._desk.settled(number):
             self._close(opened)
         _, outcome = self._desk.outcome(number)
-        if outcome.kind == "void":
-            self._check_voids(number)
-        else:
+        if outcome.kind == "result":
             self._compare_digests(opened)
+        self._check_voids(number)
         entry = self._store.entry("outcome", number, AGGREGATOR)
         ended = opened.manifest.opened_at if entry is None else entry.received_at
         return Closed(
@@ -276,15 +275,16 @@ class Coordinator:
             )
 
     def _check_voids(self, number: int) -> None:
+        """Return unless as many rounds up to this one as the contract allows charged every silo and moved nothing."""
         allowed = self._accepted.terms.sum.max_void_rounds
         most = max(1, allowed)  # where the silos stop too
         last = range(number, max(0, number - most), -1)
-        if len(last) == most and all(self._desk.outcome(each)[1].kind == "void" for each in last):
+        if len(last) == most and not any(rounds.moved(self._desk.outcome(each)[1]) for each in last):
             reasons = ", ".join(sorted({self._desk.outcome(each)[1].reason for each in last}))
             raise RoundError(
-                f"{most} rounds in a row were void (up to round {number}: {reasons}), the contract allows {allowed}",
+                f"{most} rounds in a row were void or rejected (up to round {number}: {reasons}), the contract allows {allowed}",
                 code="void-rounds",
-                hint="find out who was missing and why, then agree on a new contract version",
+                hint="find out who was missing or spoilt the sum, then agree on a new contract version",
                 rounds=list(reversed(last)),
             )
 

@@ -83,7 +83,7 @@ def deal(
     )
 
 
-def _apart(path: Path, labels: Sequence[str]) -> list[Mapping[str, object]]:
+def _apart(path: Path, labels: Sequence[str]) -> Sequence[Mapping[str, object]]:
     """The held-out records of a file of their own, whose labels are refused now and not after the training."""
     found = [row for _, row in rows.read_rows(path)]
     unknown = sorted({str(row.get("label", "")) for row in found} - set(labels))

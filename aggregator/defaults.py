@@ -25,7 +25,7 @@ STEPS_PER_ROUND: Final = {"joint": 1, "local": 4}
 
 
 def warmup(rounds: int, steps_per_round: int) -> int:
-    """Over how many of the first ``rounds`` the learning rate rises: two private steps."""
+    """Over how many of the first ``rounds`` the learning rate rises: the whole rounds in two private steps."""
     return min(2 // steps_per_round, rounds - 1)
 
 

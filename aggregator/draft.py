@@ -191,7 +191,7 @@ def _sum(terms: Terms) -> str:
 # Every silo signs for every sum that holds its vector.
 protocol = "consent"
 ring_bits = 32
-# As many void rounds in a row (at least one) stop the federation.
+# As many rounds in a row (at least one) that end void, or with a sum beyond its bounds, stop the federation.
 max_void_rounds = {terms.max_void_rounds}
 # How long the silos have for each step of a round.
 deadline_s = {terms.deadline_s}

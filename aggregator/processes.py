@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from privacy.errors import ConfigError, MachineError, RoundError, SiloquyError, TrustError
+from privacy.errors import ConfigError, MachineError, PrivacyRefusal, RoundError, SiloquyError, TrustError
 from privacy.lifeline import Lifeline
 
-_BY_EXIT: dict[int, type[SiloquyError]] = {3: ConfigError, 4: TrustError, 6: RoundError, 7: MachineError}
+_BY_EXIT: dict[int, type[SiloquyError]] = {3: ConfigError, 4: TrustError, 5: PrivacyRefusal, 6: RoundError, 7: MachineError}
 _GRACE_S = 10.0
 
 

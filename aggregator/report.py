@@ -24,7 +24,7 @@ from aggregator import charts, wording
 from aggregator.compliance import Report, Scalar, SiloBudget
 from aggregator.figures import Figure
 from privacy import files
-from privacy.errors import MachineError, TrustError
+from privacy.errors import TrustError
 
 JSON_NAME = "report.json"
 SIGNATURE_NAME = "report.json.sig"
@@ -48,7 +48,7 @@ def write(report: Report, folder: Path, *, sign: Callable[[bytes], bytes]) -> tu
     data = encode(report)
     page = render(report)
     signature = sign(signing_input(data)).hex().encode() + b"\n"
-    _make_folder(folder)
+    files.make_folder(folder)
     for path, content in zip(files_of_record, (data, signature, page.encode()), strict=True):
         files.sweep(path)
         files.write_atomic(path, content)
@@ -112,18 +112,6 @@ def render(report: Report) -> str:
         pictures=_pictures(report),
         severities=_SEVERITIES,
     )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"cannot make the folder {folder}: {error.strerror or error}",
-            hint="name another folder, or mend the permissions",
-            code="cannot-write",
-            path=str(folder),
-        ) from error
 
 
 _SEVERITIES = {

@@ -271,6 +271,11 @@ def apply(state: State, total: Words, terms: Contract) -> tuple[State, str]:
         return state, REJECTED
 
 
+def moved(outcome: Outcome) -> bool:
+    """Whether the state moved: a result that was not rejected."""
+    return outcome.kind == "result" and outcome.reason != REJECTED
+
+
 def settle(state: State, outcome: Outcome, terms: Contract) -> State:
     """The state after an outcome, computed again from the state before it.
 

@@ -126,7 +126,8 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
     """
     started = time.monotonic()
     _check(settings)
-    progress(Step(text="collecting records"))
+    built_in = "collecting docstrings of the installed libraries: does this sentence describe this function?"
+    progress(Step(text=built_in if settings.data is None else f"reading {settings.data.name}"))
     dealt = deal(
         settings.data,
         silos=settings.silos,

@@ -143,7 +143,7 @@ def summary(
         f"Whoever tries to tell whether {one(terms)} took part, and is wrong about {per_thousand(odds[0])} that did not, "
         f"is right about at most {per_thousand(odds[1], bound=True)} that did. Guessing gives {per_thousand(odds[0])}.",
         f"In a round each silo sends {size(upload_bytes)}, masked so that only the sum over all {terms.silos} silos can be read. "
-        "The protocol has no message that carries records, single gradients, losses or counts."
+        "The protocol has no message that carries records, single gradients, losses or counts of records."
         + (f" {_ALONE}" if is_local(terms) else ""),
         "The figures count uploads that arrived. Each silo’s own ledger is the authority: it charges every attempt, "
         "and may stand higher. Both rest on the assumptions below.",
@@ -295,6 +295,11 @@ def what_left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:
             reader="the aggregator and the other members",
         ),
         Item(what="that the silo takes part, and when", form="the fact and the time of a message", reader="the aggregator"),
+        Item(
+            what="how many entries its ledger has, so how often it tried; a crash may depend on records, and ε does not cover it",
+            form="a number in the signed header of the vector; ε of all attempts stands on the card of an exported adapter",
+            reader="the aggregator and the other members; whoever gets the adapter",
+        ),
     )
 
 

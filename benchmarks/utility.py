@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What privacy costs in accuracy: three silos under one epsilon against the same training without privacy, on real data sets.
 
-Run: ``python -m benchmarks.utility`` (about forty minutes on two CPUs; ``--tasks ade --epsilons 8`` for a part).
+Run: ``python -m benchmarks.utility --data FOLDER`` (about an hour on two CPUs; ``--tasks ade --epsilons 8`` for a part).
 The data sets are not part of this project: ``--data`` names a folder with ``<task>/train.jsonl.gz`` and ``<task>/test.jsonl.gz``
-(and ``dev.jsonl.gz``, which is held out too), as the project's founders keep it in ``../shared/data``. Without it nothing is run.
+(and ``dev.jsonl.gz``, which is held out too).
 
 Columns, all accuracies on the data set's own held-out records, one run each, operating-system randomness throughout:
 
@@ -62,20 +62,20 @@ class Row:
     before: float
     head: float
     private: float
-    same: float
-    to_end: float
+    same: float | None
+    to_end: float | None
     upload_bytes: int
     minutes: float
 
     @property
-    def kept(self) -> float:
-        """The share of the gap between private head and the same training without privacy."""
-        return (self.private - self.head) / (self.same - self.head)
+    def kept(self) -> float | None:
+        """The share of the gap between private head and the same training without privacy; None where that was not measured."""
+        return None if self.same is None else (self.private - self.head) / (self.same - self.head)
 
     @property
-    def kept_to_end(self) -> float:
+    def kept_to_end(self) -> float | None:
         """The same share, against training without privacy to its end."""
-        return (self.private - self.head) / (self.to_end - self.head)
+        return None if self.to_end is None else (self.private - self.head) / (self.to_end - self.head)
 
 
 def unpacked(data: Path, task: str, folder: Path) -> tuple[Path, Path]:
@@ -163,19 +163,22 @@ def references(home: Path, held_out: Path) -> tuple[float, float]:
         return both[0].result(), both[1].result()
 
 
-def measured(task: str, paths: tuple[Path, Path], epsilons: Sequence[float], folder: Path, **settings: object) -> Iterator[Row]:
-    """One row for each epsilon, as it is finished."""
-    others: tuple[float, float] | None = None
+def measured(
+    task: str, paths: tuple[Path, Path], epsilons: Sequence[float], folder: Path, *, compare: bool, **settings: object
+) -> Iterator[Row]:
+    """One row for each epsilon, as it is finished; ``compare``: with what training without privacy reaches, measured once."""
+    others: tuple[float | None, float | None] = (None, None)
     for epsilon in epsilons:
         home = folder / f"{task}-{epsilon:g}"
         plan = {**TASKS.get(task, {}), **settings}
         chosen = Settings(home=home, data=paths[0], held_out=paths[1], epsilon=epsilon, **plan)  # type: ignore[arg-type]
         found = simulate(chosen, lambda step: None)
-        others = others or references(home, home / "held-out.jsonl")
+        if compare and others[0] is None:
+            others = references(home, home / "held-out.jsonl")
         yield _row(task, epsilon, found, others, home)
 
 
-def _row(task: str, epsilon: float, found: Result, others: tuple[float, float], home: Path) -> Row:
+def _row(task: str, epsilon: float, found: Result, others: tuple[float | None, float | None], home: Path) -> Row:
     terms = federation.parse((home / "aggregator" / "contract" / "v1.toml").read_bytes()).terms
     return Row(
         task=task,
@@ -195,9 +198,14 @@ def _row(task: str, epsilon: float, found: Result, others: tuple[float, float], 
 def _line(row: Row) -> str:
     return (
         f"{row.task:<6} {row.epsilon:>7g} {row.delta:>7.0e} {row.noise_multiplier:>6.3f}  {row.before:>6.3f} {row.head:>6.3f} "
-        f"{row.private:>8.3f} {row.same:>6.3f} {row.to_end:>7.3f}  {row.kept:>5.0%} {row.kept_to_end:>7.0%}  "
+        f"{row.private:>8.3f} {_cell(row.same, '.3f'):>6} {_cell(row.to_end, '.3f'):>7}  "
+        f"{_cell(row.kept, '.0%'):>5} {_cell(row.kept_to_end, '.0%'):>7}  "
         f"{row.upload_bytes:>7,} {row.minutes:>8.1f}"
     )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _terms_in_words(tasks: Sequence[str]) -> str:
@@ -216,9 +224,10 @@ _HEADING = (
 def main(words: Sequence[str] | None = None, *, say: Callable[[str], None] = print) -> None:
     """Print the table, one line as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--epsilons", nargs="+", type=float, default=[8.0, 3.0])
+    parser.add_argument("--private-only", action="store_true", help="leave out what training without privacy reaches")
     parser.add_argument("--home", type=Path, help="keep the simulations in this folder")
     parser.add_argument("--model", default=Settings.model)
     parser.add_argument("--rounds", type=int, help="private rounds; the task's own unless given")
@@ -238,7 +247,9 @@ def main(words: Sequence[str] | None = None, *, say: Callable[[str], None] = pri
         folder = options.home or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for task in tasks:
-            for row in measured(task, unpacked(options.data, task, folder), options.epsilons, folder, **settings):
+            for row in measured(
+                task, unpacked(options.data, task, folder), options.epsilons, folder, compare=not options.private_only, **settings
+            ):
                 rows.append(row)
                 tell(_line(row))
     if options.json:

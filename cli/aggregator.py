@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``aggregator``: init, member, sign, serve, round, status, budget, report, simulate. Words in, words out."""
+"""``aggregator``: init, member, sign, serve, round, epoch, status, budget, report, simulate. Words in, words out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from cli.options import HERE, SETTINGS, AggregatorHome, Basis, Json, LastLayers,
 from privacy import lifeline
 
 _MODE = "joint: a round is one private step over all silos; local: steps of each silo alone, then the mean of their changes"
+_STEPS = f"local mode: private steps that each silo takes in a round; {defaults.STEPS_PER_ROUND['local']} unless given"
+_ROUNDS = f"private rounds; {defaults.ROUNDS['joint']}, or {defaults.ROUNDS['local']} in local mode, unless given"
 
 app = typer.Typer(
     name="aggregator",
@@ -41,7 +43,7 @@ def init(
     units: Units,
     rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
     mode: Annotated[str, typer.Option(help=_MODE)] = "joint",
-    steps_per_round: Annotated[int, typer.Option(min=1, help="local mode: private steps that each silo takes in a round")] = 1,
+    steps_per_round: Annotated[int | None, typer.Option(min=1, help=_STEPS)] = None,
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
     targets: Targets = defaults.TARGETS,
     last_layers: LastLayers = defaults.LAST_LAYERS,
@@ -82,7 +84,7 @@ def init(
         units=units,
         rounds=rounds,
         mode=mode,
-        steps_per_round=steps_per_round,
+        steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1),
         text_pair=text_pair,
         max_length=max_length,
         rank=rank,
@@ -317,8 +319,8 @@ def simulate(
     max_records_per_unit: Annotated[
         int | None, typer.Option(min=1, max=1024, help="more of one unit are left out; 8 with --unit, else 1, unless given")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="private rounds; 24, or 6 in local mode, unless given")] = None,
-    steps_per_round: Annotated[int | None, typer.Option(min=1, help="local mode: a silo's steps in a round; else 4")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help=_ROUNDS)] = None,
+    steps_per_round: Annotated[int | None, typer.Option(min=1, help=_STEPS)] = None,
     epsilon: Annotated[float, typer.Option(help="what the run may cost")] = 8.0,
     delta: Annotated[float | None, typer.Option(help="1/(10 · all units), at most 1e-5, unless given")] = None,
     mode: Annotated[str, typer.Option(help=_MODE)] = "joint",

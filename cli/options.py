@@ -16,7 +16,9 @@ AggregatorHome = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on stdout")]
 Units = Annotated[int, typer.Option(min=1, help="a rounded public upper bound on any silo's privacy units, agreed, not counted")]
-Targets = Annotated[str, typer.Option(help="names of the linear modules to adapt, comma separated, or `all-linear`")]
+Targets = Annotated[
+    str, typer.Option(help="linear modules to adapt, comma separated: names, `value-output` (of attention) or `all-linear`")
+]
 LastLayers = Annotated[int, typer.Option(min=0, help="adapt only so many of the last layers; 0 adapts all")]
 Rank = Annotated[int, typer.Option(min=1, help="r: each adapted module trains r×r numbers")]
 Basis = Annotated[str, typer.Option(help="where the frozen A and B come from: weights (an SVD of each layer) or random (a seed)")]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where words go: the answer on stdout, everything else on stderr.
 
-With ``--json`` stdout carries exactly one JSON document and stderr nothing but warnings. Without it, tables and facts go
+With ``--json`` stdout carries exactly one JSON document and nothing is said on stderr. Without it, tables and facts go
 to stdout, progress to stderr; both read well without colour (``NO_COLOR`` is respected by rich).
 """
 
@@ -27,10 +27,6 @@ class Output:
         """A line for people who watch; silent under ``--json``."""
         if not self.json:
             self.err.print(text)
-
-    def warn(self, text: str) -> None:
-        """A line that must be seen in either mode."""
-        self.err.print(f"warning: {text}")
 
     def result(self, document: Mapping[str, object], lines: Iterable[str | Table] = ()) -> None:
         """The command's answer: the document under ``--json``, otherwise the lines and tables."""

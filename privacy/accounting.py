@@ -5,7 +5,7 @@ Promised: a ``Certificate`` bounds the composition of the given mechanisms under
 the smaller of a pessimistic privacy loss distribution (PLD, dp_accounting) and Renyi DP (RDP); the RDP curves of
 dp_accounting and of this module agree at the integer orders 2 to 256, or nothing is certified. The accountants see the
 continuous Gaussian at ``effective_noise_multiplier``; the discrete mechanism is within ``slack_log`` = zeta of it in max
-divergence, so epsilon grows by 2 zeta and delta is evaluated at delta / exp(zeta) (PRIVACY.md section 4).
+divergence, so epsilon grows by 2 zeta and delta is evaluated at delta / exp(zeta) (docs/concepts/privacy.md).
 
 ``certify`` is for parameters fixed before the first step. What is chosen after a release was seen (another run, more
 rounds) is bounded by ``certify_adaptive``, an RDP filter. Not promised: credit for disjoint units, for several silos per

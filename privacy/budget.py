@@ -24,8 +24,9 @@ from typing import Literal
 
 from privacy import accounting
 from privacy.accounting import Certificate
+from privacy.entries import Commit, Reserve, Void
 from privacy.errors import BudgetExhausted, PrivacyRefusal
-from privacy.ledger import Commit, History, Ledger, Reserve, Void
+from privacy.ledger import History, Ledger
 from privacy.mechanism import LatticeGaussian
 
 MOST_ATTEMPTS = 3

@@ -70,7 +70,7 @@ class Adapter(Table, frozen=True, kw_only=True):
 
 
 class Training(Table, frozen=True, kw_only=True):
-    """The update rule (PRIVACY.md §7) and its schedule; rounds is the declared plan T.
+    """The update rule (``privacy.update_rule``) and its schedule; rounds is the declared plan T.
 
     ``joint``: a round is one private step on the union of all silos' records. ``local``: it is ``steps_per_round`` private steps
     of each silo on its own, and the mean of what they changed; a number that changed by more than ``update_bound`` is cut to it.
@@ -92,7 +92,7 @@ class Training(Table, frozen=True, kw_only=True):
 
 
 class Privacy(Table, frozen=True, kw_only=True):
-    """The mechanism (PRIVACY.md §1 to §3). ``units`` is a rounded public figure per silo, never derived from records."""
+    """The mechanism (docs/concepts/privacy.md). ``units`` is a rounded public figure per silo, never derived from records."""
 
     unit: Text = "record"
     units: Count

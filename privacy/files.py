@@ -62,6 +62,23 @@ def write_folder(path: Path, contents: Mapping[str, bytes], *, mode: int = PUBLI
         raise _cannot_write(path, error) from error
 
 
+def make_folder(path: Path, *, mode: int = 0o777) -> None:
+    """Create the folder ``path`` and those above it, or find it there.
+
+    Raises:
+        MachineError: a file is in the way, or the folder above cannot be written.
+    """
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"cannot make the folder {path}: {error.strerror or error}",
+            hint="choose another folder, or mend its permissions",
+            code="cannot-write",
+            path=str(path),
+        ) from error
+
+
 def write_once(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
     """Create ``path`` with ``data``, or find it there with exactly these bytes.
 
@@ -153,12 +170,14 @@ def locked(path: Path) -> Iterator[None]:
 def shared(folder: Path) -> Iterator[None]:
     """Work in ``folder`` beside other processes that say so too. Whoever comes while nobody is there sweeps it first.
 
+    Any user who can read the lock beside the folder can hold it.
+
     Raises:
         MachineError: the lock beside the folder cannot be opened.
     """
     lock = folder.with_name(f"{folder.name}.lock")
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, PRIVATE)
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT, PUBLIC)
     except OSError as error:
         raise _cannot_write(lock, error) from error
     try:

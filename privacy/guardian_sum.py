@@ -3,8 +3,7 @@
 
 Order, all pure: ``mask`` and ``build_header`` (silo) → ``check_freeze`` (everybody) → the silo writes (round → digest of U)
 to its disk and signs a ``Consent`` → ``check_certificate`` (everybody) → ``seal_release`` (silo) → ``open_release`` and
-``unmask`` (aggregator). After Bonawitz et al. 2017 (arXiv 1611.04482), double masking; the specification is
-docs/spec/guardian-sum.md.
+``unmask`` (aggregator). After Bonawitz et al. 2017 (arXiv 1611.04482), double masking.
 
 **Formal guarantees.** Let a coalition hold the aggregator, the network and all silos but an honest set H, |H| ≥ 2. Over all
 messages of a round it learns Σ_{i∈H} x_i mod 2³² and nothing else about the x_i of H, and this only if every honest silo

@@ -2,8 +2,8 @@
 """Per-unit gradients in, clipped integer vectors out: the sensitivity of one unit, proved on integers.
 
 One row of the input is the summed gradient of one privacy unit over *all* trainables. Its integer image has an L2 norm of
-at most 2^p lattice units, which is the clipping bound C in units of gamma = C/2^p (PRIVACY.md section 2; Abadi et al. 2016
-for the clip). The proof does not rest on any float: it is an integer comparison on the result, made for every unit.
+at most 2^p lattice units, which is the clipping bound C in units of gamma = C/2^p (Abadi et al. 2016 for the clip). The
+proof does not rest on any float: it is an integer comparison on the result, made for every unit.
 
 Promised: each output row is a function of its input row alone, on any kernel and any number of threads, because only
 elementwise operations touch it. Not promised: that the *input* row is a function of the unit alone; that is the business of

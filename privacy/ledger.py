@@ -8,7 +8,7 @@ signature field. An attempt is reserved before it is computed and stays charged 
 
 Promised: any byte changed, any line removed, moved or repeated before the last one is refused on opening by line number;
 a crash at any point loses no entry that was acknowledged. Not promised: that lines cut from the *end* are noticed. No
-file can know that about itself; the receipts in the log can, and ``check_receipt`` compares with one. Nor does the ledger
+file can know that about itself; a receipt outside the silo can, and ``check_receipt`` compares with one. Nor does the ledger
 judge: ``privacy/budget.py`` decides what may be spent.
 """
 
@@ -19,97 +19,23 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Self
 
 import msgspec
 
 from privacy import files
+from privacy.entries import Begin, Body, Commit, Entry, Plan, Reserve, Void
 from privacy.errors import LedgerBroken, MachineError, PrivacyRefusal
-from privacy.mechanism import LatticeGaussian, Mechanism
+from privacy.mechanism import LatticeGaussian
 
 FORMAT_VERSION = 1
 NO_PREVIOUS = "0" * 64
 
-Hex = Annotated[str, msgspec.Meta(pattern=r"\A(?:[0-9a-f]{2})+\Z", max_length=256)]
-Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Text = Annotated[str, msgspec.Meta(max_length=500)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Sign = Callable[[bytes], bytes]
 Verify = Callable[[bytes, bytes], None]
 
 _DOMAIN = b"siloquy ledger\x00"
 _SIGNATURE = re.compile(rb',"signature":"([0-9a-f]+)"\}')
-
-
-class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The first entry: whose ledger this is."""
-
-    kind: ClassVar[str] = "open"
-    who: Text
-    version: int
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run declared before its first step: the whole plan against insiders, and the limits it was admitted under."""
-
-    kind: ClassVar[str] = "plan"
-    contract: Hex
-    run: Text
-    mechanism: Mechanism
-    epsilon: float
-    delta: float
-
-
-class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One attempt at a round, charged in full from here on."""
-
-    kind: ClassVar[str] = "reserve"
-    contract: Hex
-    round: Count
-    attempt: Hex
-    mechanism: Mechanism
-
-
-class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The attempt was part of a released state."""
-
-    kind: ClassVar[str] = "commit"
-    contract: Hex
-    round: Count
-    attempt: Hex
-
-
-class Void(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The round ended without a result; what was reserved for it stays charged."""
-
-    kind: ClassVar[str] = "void"
-    contract: Hex
-    round: Count
-    reason: Text
-
-
-Body = Begin | Plan | Reserve | Commit | Void
-_BODIES: dict[str, type[Body]] = {body.kind: body for body in (Begin, Plan, Reserve, Commit, Void)}
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line of the ledger without its signature; ``body`` is the JSON object of its kind."""
-
-    sequence: Count
-    previous: Digest
-    time: Count
-    kind: str
-    body: msgspec.Raw
-
-    def content(self) -> Body:
-        """The body as the type of its kind.
-
-        Raises:
-            msgspec.DecodeError: unknown kind, unknown field, or a value out of range.
-        """
-        if self.kind not in _BODIES:
-            raise msgspec.ValidationError(f"unknown kind {self.kind!r}")
-        return msgspec.json.decode(self.body, type=_BODIES[self.kind])
 
 
 class History:

@@ -19,7 +19,7 @@ import msgspec
 from privacy.errors import NotCertified, PrivacyRefusal
 
 SMOOTHING_VARIANCE = 16
-"""tau squared of the convolution lemma, tau = 4 lattice units (PRIVACY.md section 4)."""
+"""tau squared of the convolution lemma, tau = 4 lattice units (docs/concepts/privacy.md)."""
 
 MIN_SHARE_VARIANCE = 64**2
 """The smallest variance of one silo's noise for which a figure is certified, in squared lattice units."""

@@ -2,8 +2,8 @@
 """Wire types: one frozen struct per protocol step, and the only decoder.
 
 Encoding is MessagePack arrays (no keys, hence no duplicate or unknown ones). ``decode`` accepts exactly the canonical
-encoding: what it returns re-encodes to the bytes it was given, so trailing, non-minimal or coerced data is refused. The
-names are those of docs/spec/guardian-sum.md. Digests and keys are raw bytes; ids count from 1; party 0 is the aggregator.
+encoding: what it returns re-encodes to the bytes it was given, so trailing, non-minimal or coerced data is refused. Digests
+and keys are raw bytes; ids count from 1; party 0 is the aggregator.
 """
 
 from __future__ import annotations

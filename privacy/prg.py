@@ -37,7 +37,7 @@ class Keystream:
     """The keystream of one key, read from its start as little-endian 32-bit words.
 
     Segment ``g`` (2**18 words, 1 MiB) is AES-256-CTR from the initial counter block ``u96be(g) || 00000002``; segments follow
-    each other from 0 (docs/spec, "Keys"). AES-GCM with the nonce ``u96be(g)`` produces exactly these bytes and is the faster
+    each other from 0. AES-GCM with the nonce ``u96be(g)`` produces exactly these bytes and is the faster
     code path, so it is used, without its tag, wherever a self-check against plain CTR agrees (NIST SP 800-38D §7.1).
 
     Formal guarantees:

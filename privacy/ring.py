@@ -21,7 +21,7 @@ from privacy.noise import MAX_VARIANCE
 RING_LIMIT = (1 << 31) - 1
 MOST_LATTICE_BITS = 20
 MOST_SQUARE_BITS = 62
-"""2p + ⌈log₂ d⌉ at most: the sum of d squares of a lattice vector then fits int64 (PRIVACY.md §2)."""
+"""2p + ⌈log₂ d⌉ at most: the sum of d squares of a lattice vector then fits int64."""
 LEAST_SHARE_VARIANCE = 64**2
 
 _FEWER = "fewer units per round (sampling_rate, units), a smaller noise_multiplier, or fewer silos"
@@ -53,7 +53,7 @@ def plan(
     """The plan of a round, or the reason why there is none.
 
     s² = ⌈σ²·4^p / shares⌉, H = ⌈12·s·√n⌉, Q = ⌊(2³¹ − 1 − H)/n⌋, B₊ = q·units + 6·√(q·units). Without ``lattice_bits``, p is the
-    largest from 20 down with 2^p·B₊ ≤ Q, 2p + ⌈log₂ d⌉ ≤ 62 and s² ≤ 2⁴⁸; a given p is held to the same (PRIVACY.md §2, §3).
+    largest from 20 down with 2^p·B₊ ≤ Q, 2p + ⌈log₂ d⌉ ≤ 62 and s² ≤ 2⁴⁸; a given p is held to the same.
 
     Args:
         silos: n ≥ 1.
@@ -66,7 +66,7 @@ def plan(
 
     Formal guarantees:
         - *No overflow*: n·Q + H ≤ 2³¹ − 1, and 2^p·B₊ ≤ Q: an ordinary silo sum is not clamped.
-        - *Enough noise*: shares·s² ≥ σ²·4^p: rounding only ever adds noise. s ≥ 64, as the proof of §4 needs.
+        - *Enough noise*: shares·s² ≥ σ²·4^p: rounding only ever adds noise. s ≥ 64, as the convolution lemma needs.
         - *Fine enough*: p ≥ ½·log₂ d + 6, so truncation costs at most 0.7 % of a clipped norm.
         - *Same everywhere*: decided in exact integers and fractions; no platform rounds differently.
 

@@ -48,7 +48,7 @@ def weights_basis(weight: NDArray[np.float64], rank: int) -> Factors:
     """The top-``rank`` singular vectors (B ``(m, r)``, A ``(r, n)``), float32, of ``weight`` ``(m, n)`` float64.
 
     The largest entry of each column of B is positive (the first such entry where several are equal on the grid).
-    Exact SVD: 0.1 s for 1536 × 384, minutes for 4096 × 11008. Source: LoRA-XS, arXiv 2405.17604; PRIVACY.md section 6.
+    Exact SVD: 0.1 s for 1536 × 384, minutes for 4096 × 11008. Source: LoRA-XS, arXiv 2405.17604.
 
     Raises:
         ConfigError: ``weight`` is no matrix, not finite, or ``rank`` is not in 1..min(m, n).

@@ -3,8 +3,8 @@
 
 Promised: the code imports nothing of Siloquy, encodes text as training did (cut at the contract's length, padded on the right
 with what the mask hides, so that a tokenizer needs no padding token), and gives the contract's logits. Labels and names stand in
-it as Python literals. No time stamp is written, and no path unless the
-contract or the caller names the base model by one.
+it as Python literals. No time stamp is written, and no path unless the contract or the caller names
+the base model by one.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ linear head for a frozen base model. It changes no weight of the base model.
 {facts}
 
 Epsilon is what the ledger of silo {silo} has charged for each of its privacy units, in all: adding or removing one unit is hidden
-up to it. Using or publishing this adapter costs nothing more.
+up to it. Using or publishing this adapter costs nothing more. The figure itself tells how often the silo tried, crashes included.
 
 ## Load it
 

@@ -233,6 +233,7 @@ def dry_run(root: Path) -> dict[str, Any]:
         found = learning.build(home, settings, accepted.terms).dry_run(load_progress(home, accepted).state)
     return {
         "seconds": round(found.seconds, 3),
+        "seconds_per_round": round(found.seconds_per_round, 3),
         "peak_memory_bytes": found.peak_memory_bytes,
         "device": found.device,
         "precision": found.precision,

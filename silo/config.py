@@ -48,7 +48,7 @@ class Limits(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Compute(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How this machine computes. Changing it does not touch epsilon (PRIVACY.md §2 ties each unit's integers to itself)."""
+    """How this machine computes. Changing it does not touch epsilon (a unit's integers are computed from that unit alone)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

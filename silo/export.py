@@ -8,8 +8,9 @@ with them, so pooling that class's logits *per token* gives the contract's logit
 encoder. transformers' sequence classifiers do not: some put a tanh before the head, some have a head without bias.
 
 Promised: the same state, base model and ledger give the same bytes, on one machine; a base model whose token classifier is
-anything but encoder, dropout and linear head is refused. Formal guarantee: exporting costs no privacy, because what is written
-is a function of released state, public factors and ledger entries, none of which depends on a record but through noised sums.
+anything but encoder, dropout and linear head is refused. Formal guarantee: the exported model costs no privacy, because it is
+a function of released state and public factors, which depend on records through noised sums alone. Not promised: the same of the
+card's ε. It counts every attempt, and how often a silo crashed and tried again may depend on its records.
 """
 
 from __future__ import annotations

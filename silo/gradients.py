@@ -2,13 +2,13 @@
 """One gradient per privacy unit, at the price of one ordinary backward pass.
 
 For z = y Rᵀ the ordinary gradient of R is a sum over rows of dzᵀ y; taking that product row by row (one ``bmm``) costs the
-same and gives every record its own gradient (DP-NOTES section 1.5). The rows of a unit are summed before anything is
+same and gives every record its own gradient. The rows of a unit are summed before anything is
 clipped, so the unit and not the record is what one vector stands for.
 
 Promised: the losses are one per row and never averaged over rows; batches of one length bucket have one shape, whoever is
 in them; a unit is never split; nothing is drawn from a random generator. Not promised: that a given model and kernel give
 a unit the same bits in any company. That is measured by ``silo.invariance`` before training, and it is assumption A1 of
-the report (PRIVACY.md section 2).
+the report.
 """
 
 from __future__ import annotations
@@ -216,37 +216,29 @@ def buckets(max_length: int) -> list[int]:
 
 
 def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) -> Iterator[PhysicalBatch]:
-    """The physical batches that hold ``units``, each unit whole and in the first batch of its length bucket that has room for it.
+    """The physical batches that hold ``units``, each unit whole and in the fullest batch of its length bucket that it still fits.
 
     A unit's L is ``bucket`` of its own longest record; a batch of that L always has ``rows_for(L)`` rows, the missing ones
-    dummies. No units: no batches.
+    dummies. No units: no batches. A unit costs at most ``rows_for(L)`` look-ups, however many batches are open.
 
     Raises:
         ConfigError: a unit has no rows, or more than ``rows_for`` of its bucket, or a record above ``max_length``.
     """
-    waiting: dict[tuple[int, bool], list[_Filling]] = {}
+    waiting: dict[tuple[int, bool, int], list[list[EncodedUnit]]] = {}  # (length, typed, room left): batches that wait for more
     for unit in units:
         length, rows = _shape(unit, rows_for, max_length)
         # Whether token types are passed is a property of the unit, so that no batch-mate can decide it.
-        filling = waiting.setdefault((length, unit.rows[0][1] is not None), [])
-        batch = next((each for each in filling if each.room >= len(unit.rows)), None)
-        if batch is None:
-            filling.append(batch := _Filling(units=[], room=rows))
-        batch.units.append(unit)
-        batch.room -= len(unit.rows)
-        if not batch.room:
-            filling.remove(batch)
-            yield as_batch(batch.units, length, rows)
-    for (length, _), filling in sorted(waiting.items(), key=lambda item: item[0]):
-        yield from (as_batch(batch.units, length, rows_for(length)) for batch in filling)
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class _Filling:
-    """A physical batch with ``room`` for so many more rows."""
-
-    units: list[EncodedUnit]
-    room: int
+        typed = unit.rows[0][1] is not None
+        room = next((room for room in range(len(unit.rows), rows) if waiting.get((length, typed, room))), rows)
+        batch = waiting[length, typed, room].pop() if room < rows else []
+        batch.append(unit)
+        left = room - len(unit.rows)
+        if left:
+            waiting.setdefault((length, typed, left), []).append(batch)
+        else:
+            yield as_batch(batch, length, rows)
+    for (length, _, _), batches in sorted(waiting.items(), key=lambda item: item[0]):
+        yield from (as_batch(batch, length, rows_for(length)) for batch in batches)
 
 
 def _longest(unit: EncodedUnit) -> int:

@@ -12,7 +12,7 @@
     promises/              one file per promise: round → manifest, round → consent; never deleted
     epoch/                 0700; epoch keys and the files of the open round; never in a backup
     state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file; in local
-                           mode also this silo's own model and optimiser
+                           mode also this silo's own optimiser
 
 Promised: a write happened whole or not at all, a promise is on the disk before the function returns and cannot be made
 twice with different content, and one process at a time works in a home. Not promised: that deleted secrets are gone from the
@@ -41,12 +41,16 @@ from privacy.errors import ConfigError, Equivocation, MachineError, Replay, Trus
 from privacy.update_rule import State
 
 SECRET_BYTES = 32
+_FILES = ("silo.toml", "identity.key", "identity.pub", "selection.key", "install.key", "ledger.jsonl", "state.safetensors")
+"""What lies in the root itself."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a silo stands: the last settled round, its epoch, manifest and outcome (digests), void rounds in a row, the state.
+    """Where a silo stands: the last settled round, its epoch, manifest and outcome (digests), the state.
 
-    ``own``: in local mode this silo's own model and optimiser after the last result it was part of; they never leave its disk.
+    ``voids``: rounds in a row that did not move the state, void or rejected.
+
+    ``own``: in local mode this silo's own optimiser after the last result it was part of, with zeros for a model; it never leaves.
     """
 
     contract: bytes
@@ -84,7 +88,7 @@ class Home:
         """
         home = cls(root)
         for folder, mode in ((root, 0o755), (root / "contract", 0o755), (root / "promises", 0o755), (home.epoch_folder, 0o700)):
-            _make_folder(folder, mode)
+            files.make_folder(folder, mode=mode)
         for path in (root / "selection.key", root / "install.key"):
             if not path.exists():
                 files.write_once(path, os.urandom(SECRET_BYTES), mode=files.PRIVATE)
@@ -101,8 +105,10 @@ class Home:
         if not self.root.is_dir():
             raise ConfigError(f"there is no silo in {self.root}", hint="run `silo init` first", code="no-home")
         with files.locked(self.root / ".lock"):
-            for folder in (self.root, self.root / "promises", *self.root.glob("contract/*"), *self.epoch_folder.glob("*")):
-                files.sweep(folder)
+            # In the root by name: an export, or anything else that takes no lock, may be writing there.
+            alone = [self.root / name for name in _FILES]
+            for path in (*alone, self.root / "promises", *self.root.glob("contract/*"), *self.epoch_folder.glob("*")):
+                files.sweep(path)
             yield
 
     @property
@@ -118,13 +124,13 @@ class Home:
     def keep_contract(self, version: int, document: bytes) -> None:
         """Keep the contract's signed document. Raises Equivocation when another one of this version is there."""
         folder = self.root / "contract" / f"v{version}"
-        _make_folder(folder, 0o755)
+        files.make_folder(folder, mode=0o755)
         files.write_once(folder / "contract", document)
 
     def keep_countersignature(self, version: int, member: int, document: bytes) -> None:
         """Keep one member's countersignature. Raises Equivocation when another one is there."""
         folder = self.root / "contract" / f"v{version}"
-        _make_folder(folder, 0o755)
+        files.make_folder(folder, mode=0o755)
         files.write_once(folder / f"countersignature-{member}", document)
 
     def contract(self) -> tuple[int, bytes] | None:
@@ -311,12 +317,3 @@ def _read(path: Path) -> bytes | None:
 
 def _names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-
-
-def _make_folder(path: Path, mode: int) -> None:
-    try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"cannot make {path}: {error.strerror}", hint="choose another folder, or mend its permissions", code="cannot-write"
-        ) from error

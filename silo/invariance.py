@@ -4,7 +4,7 @@
 It runs before training, on every shape that training can use, with synthetic records that anybody can make. What it finds
 decides how units are laid out in batches, so it depends on the contract, the model and the machine, and on no record.
 Promised: at the tested state and rows, equal float32 bits, which is stronger than equal integers after the lattice. Not
-promised: a proof for every state and row. It is a measurement, and stays assumption A1 of the report (PRIVACY.md section 2).
+promised: a proof for every state and row. It is a measurement, and stays assumption A1 of the report.
 """
 
 from __future__ import annotations

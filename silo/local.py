@@ -5,8 +5,9 @@ Each step is a whole private release of its own: a fresh Poisson sample, a clipp
 this silo's own update rule. So the model after the steps, and all that is computed from it, holds the plan's epsilon against
 everyone; the secure sum then hides which change was whose. Every step is charged before the first one is computed.
 
-Promised: between a sum and its noise nothing is kept, and what is sent is computed from noised sums alone. Not promised: credit
-for the mean over the silos, or for a step that was computed and never sent; there is none.
+Promised: between a sum and its noise nothing is kept, what is sent is computed from noised sums alone, and the silo's own model
+ends with the round: its optimiser is all that is handed on. Not promised: credit for the mean over the silos, or for a step that
+was computed and never sent; there is none.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def trained(
     contribute: Callable[[State], NDArray[np.int64]],
     randomness: Callable[[], Randomness],
 ) -> tuple[NDArray[np.uint32], State]:
-    """(x_i ``(d,)``: this silo's change of the shared model as ring words, its own model and optimiser after the steps).
+    """(x_i ``(d,)``: this silo's change of the shared model as ring words, its own optimiser after the steps).
 
     Args:
         shared: the state that everybody starts the round from.
-        own: this silo's optimiser after the last round it was part of; None before the first. Its model is not used.
+        own: this silo's optimiser after the last round it was part of, as it was given here; None before the first.
         contribute: the noiseless integer sum ``(d,)`` of one private step at a state; draws its own fresh sample.
         randomness: gives a fresh source at every call, one for each step's noise.
 
@@ -44,6 +45,7 @@ def trained(
         - *One noise per step*: each sum gets a full draw of its own before anything else is done with it.
         - *Public count*: ``steps_per_round`` steps are run, whatever they find.
         - *Post-processing*: a change beyond ``update_bound`` is cut, and all are rounded, after the last noise was added.
+        - *No own model*: the state given back has moments and zeros for θ. θ less the shared one would be x_i without its mask.
 
     Raises:
         MachineError: a step gave another shape than the contract's.
@@ -53,4 +55,5 @@ def trained(
     for _ in range(terms.training.steps_per_round):
         total = ring.lift(noisy(contribute(state), terms, randomness()))
         state = update_rule.step(state, total, terms, applied=shared.applied)
-    return grid.encode(state.theta - shared.theta, update_grid(terms)), state
+    x = grid.encode(state.theta - shared.theta, update_grid(terms))
+    return x, msgspec.structs.replace(state, theta=np.zeros_like(shared.theta))

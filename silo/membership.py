@@ -102,11 +102,10 @@ def check_expiry(accepted: Accepted, now: datetime.datetime) -> None:
 
 
 def check_limits(accepted: Accepted, limits: Limits) -> float:
-    """The declared plan's certified epsilon at this silo's delta, refused when it is above the silo's limit.
+    """The declared plan's certified epsilon at the contract's delta, refused when it is above the silo's limit.
 
     The figure is the one the plan guarantees: against the aggregator and ``colluders`` silos (in local mode: against everyone),
-    all rounds, from nothing spent.
-    The gate composes it with what the ledger holds already.
+    all rounds, from nothing spent. The gate composes it with what the ledger holds already.
 
     Raises:
         BudgetExhausted: the plan's epsilon, or its delta, is above the limit.

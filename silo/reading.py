@@ -128,6 +128,7 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
     )  # fmt: skip
     exact = msgspec.structs.replace(settings.compute, device="cpu", precision="float32")
     contents = adapter(evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact), origin)
+    files.sweep(folder.resolve())
     files.write_folder(folder.resolve(), contents)
     return {
         "path": str(folder),

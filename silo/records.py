@@ -2,7 +2,7 @@
 """A silo's records, grouped into privacy units.
 
 Promised: what is kept of a unit is a function of that unit's own records and a key that never leaves the silo, whatever
-else the file holds and in whatever order. Nothing is deduplicated, counted or fitted across units (PRIVACY.md §1). Every
+else the file holds and in whatever order. Nothing is deduplicated, counted or fitted across units. Every
 record that cannot be used is refused with its file and line, and none is ever quoted: errors end up in logs.
 Not promised: that two spellings of one person are one unit. The unit column must say so.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One round of a silo, resumable at every write: reserve, promise, train, mask, persist, send; then consent, release, verify.
 
-**The order of writes** (docs/spec, "A round", step 2) is what the guarantees rest on:
+**The order of writes** is what the guarantees rest on:
 
 1. the gate admits the attempt: its cost is reserved in the ledger, fsynced, before any record is read;
 2. round → manifest is promised on disk; a second manifest for this or an earlier number is refused;
@@ -122,7 +122,7 @@ class Rounds:
         Raises:
             PrivacyRefusal: the gate refused; no record was read.
             TrustError: a document does not hold, or the aggregator's state is not this silo's.
-            RoundError: the round did not end in time (run again to settle it), or too many rounds in a row were void.
+            RoundError: the round did not end in time (run again to settle it), or too many in a row were void or rejected.
             MachineError: the trained matrices did not move, the disk is full, or the aggregator cannot be reached.
         """
         progress = load_progress(self._parts.home, self._parts.accepted)
@@ -211,7 +211,7 @@ class Rounds:
         return persisted
 
     def _computed(self, progress: Progress) -> tuple[Words, State | None]:
-        """This attempt's vector (d,), and in local mode the silo's own model and optimiser after it."""
+        """This attempt's vector (d,), and in local mode the silo's own optimiser after it."""
         parts = self._parts
         if self._terms.training.mode == "joint":
             return noisy(parts.contribute(progress.state), self._terms, parts.randomness()), None
@@ -281,7 +281,7 @@ class Rounds:
             round=number,
             manifest=round_ctx,
             outcome=hashlib.sha256(body).digest(),
-            voids=before.voids + 1 if kind == "void" else 0,
+            voids=0 if kind == "result" else before.voids + 1,
             state=state,
             own=State.from_bytes(own.own) if kind == "result" and own is not None and own.own else before.own,
         )

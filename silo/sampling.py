@@ -60,7 +60,7 @@ def poisson(units_count: int, rate: float, randomness: Words) -> NDArray[np.int6
     q < 2⁻⁶⁴              an empty sample, always
     ====================  =====================================
 
-    [Mironov, Talwar, Zhang, arXiv 1908.10530 §2; PRIVACY.md §1]
+    [Mironov, Talwar, Zhang, arXiv 1908.10530 §2]
 
     Raises:
         ConfigError: ``rate`` is not in (0, 1].

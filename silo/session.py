@@ -18,7 +18,7 @@ from typing import Literal
 from privacy import envelope, files, keys
 from privacy import epoch as epochs
 from privacy.epoch import EpochSecrets, PairChain, Secret
-from privacy.errors import MachineError, RoundError, TrustError
+from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted, Member
 from privacy.messages import AGGREGATOR, EpochCall, EpochNote, Number, Roster, decode, encode
 from silo.home import Home, remove_folder
@@ -129,7 +129,7 @@ def establish(
     found = _established(home, number)
     if found is None:
         folder = home.epoch_folder / str(number)
-        _private_folder(folder)
+        files.make_folder(folder, mode=0o700)
         chain = _Setup(
             transport=transport, identity=identity, accepted=accepted, member=member, number=number, folder=folder, wait_s=wait_s
         ).run(basis)
@@ -275,15 +275,6 @@ def _write_link(folder: Path, *, settled: int, chain: PairChain) -> None:
 def _numbers(home: Home) -> Iterator[int]:
     if home.epoch_folder.is_dir():
         yield from [int(entry.name) for entry in home.epoch_folder.iterdir() if entry.name.isascii() and entry.name.isdigit()]
-
-
-def _private_folder(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"cannot make {path}: {error.strerror}", hint="mend the permissions of the silo's folder", code="cannot-write"
-        ) from error
 
 
 def _read(path: Path) -> bytes | None:

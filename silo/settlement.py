@@ -60,7 +60,7 @@ def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
 
     Raises:
         MachineError: results were applied and the trained matrices stand where they started: budget would buy nothing.
-        RoundError: as many rounds in a row were void as the contract allows.
+        RoundError: as many rounds in a row moved nothing, void or rejected, as the contract allows.
     """
     start = update_rule.initial(terms).theta
     matrices = len(terms.adapter.modules) * terms.adapter.rank**2 or terms.dimension
@@ -72,8 +72,8 @@ def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
         )
     if progress.voids >= max(1, terms.sum.max_void_rounds):
         raise RoundError(
-            f"{progress.voids} rounds in a row were void, the contract allows {terms.sum.max_void_rounds}",
-            hint="each void round spends budget; find out which silo is missing before a new epoch",
+            f"{progress.voids} rounds in a row were void or rejected, the contract allows {terms.sum.max_void_rounds}",
+            hint="each of them spends budget; find out which silo is missing or spoils the sum before a new epoch",
             code="too-many-voids",
         )
 

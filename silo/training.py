@@ -41,9 +41,10 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one step cost on this machine. For its owner's eyes: it depends on the records."""
+    """What one step cost on this machine, and so all steps of a round. For its owner's eyes: it depends on the records."""
 
     seconds: float
+    seconds_per_round: float
     peak_memory_bytes: int
     device: str
     precision: str
@@ -123,7 +124,13 @@ class Contribution:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
-        return Timing(seconds=seconds, peak_memory_bytes=peak, device=str(device), precision=self.model.precision)
+        return Timing(
+            seconds=seconds,
+            seconds_per_round=seconds * self._terms.training.steps_per_round,
+            peak_memory_bytes=peak,
+            device=str(device),
+            precision=self.model.precision,
+        )
 
     def _load(self, state: State) -> None:
         self.model.write(state.theta)

@@ -6,7 +6,9 @@ In joint mode the vector is the clamped sum of one step plus this silo's share o
 
 Promised: the vector inside is uniform to everyone until every member has consented to a set that holds it; it is bound to
 its round, attempt and silo; and the silo's signature covers every byte that is sent. The unmasked vector, the noise and the
-sample exist in memory only. Not promised: that Python wipes them there.
+sample exist in memory only. Not promised: that Python wipes them there, or, in local mode, that nothing computed from them lies
+on the disk: the optimiser's moments do, in a file of mode 0600. They are functions of noised sums, as private as what is sent;
+with SGD without momentum and one step a round they determine the noised change.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Persisted(Secret, frozen=True, kw_only=True):
     """An attempt on disk, as one private file: all that is needed to send, consent and release again after a crash.
 
     ``header`` and ``upload`` are the signed documents; ``upload`` is sent as it lies here, byte for byte. ``own`` is the silo's
-    own model and optimiser after an attempt in local mode (``State.to_bytes``), empty in joint mode; it is never sent.
+    own optimiser after an attempt in local mode (``State.to_bytes``, its θ zeros), empty in joint mode; it is never sent.
     """
 
     format: Literal["attempt/2"] = "attempt/2"

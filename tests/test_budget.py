@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from privacy import accounting
 from privacy.budget import Account, Gate, Limits
+from privacy.entries import Commit, Plan, Reserve, Void
 from privacy.errors import BudgetExhausted, PrivacyRefusal
-from privacy.ledger import Commit, History, Ledger, Plan, Reserve, Void
+from privacy.ledger import History, Ledger
 from privacy.mechanism import LatticeGaussian
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from aggregator import defaults
 from privacy import keys, ledger
 from privacy.errors import MachineError
 from silo import commands, reading
@@ -291,9 +292,10 @@ def test_simulate_refuses_bad_data_and_a_folder_in_use(terminal, tmp_path, model
 
 def test_the_mode_is_chosen_at_the_beginning(terminal, tmp_path, model):
     words = ["--name", "t", "--organisation", "T", "--labels", "a,b", "--units", 900, "--rounds", 3, "--model", model, "--json"]
-    made = terminal("aggregator init", *words, "--mode", "local", "--steps-per-round", 4, "--home", tmp_path / "a")
-    draft = tomllib.loads(Path(made.document["draft"]).read_text())
-    assert (draft["training"]["mode"], draft["training"]["steps_per_round"], draft["training"]["rounds"]) == ("local", 4, 3)
+    for name, steps, given in (("a", 5, ["--steps-per-round", 5]), ("c", defaults.STEPS_PER_ROUND["local"], [])):
+        made = terminal("aggregator init", *words, "--mode", "local", *given, "--home", tmp_path / name)
+        draft = tomllib.loads(Path(made.document["draft"]).read_text())
+        assert (draft["training"]["mode"], draft["training"]["steps_per_round"], draft["training"]["rounds"]) == ("local", steps, 3)
     refused(terminal("aggregator init", *words, "--mode", "both", "--home", tmp_path / "b"), 3, "contract", "both")
     assert not (tmp_path / "b").exists()
 
@@ -366,6 +368,15 @@ def test_a_contract_changed_after_joining_is_4(terminal, joinable):
 
 
 # --- Privacy: 5 ------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_a_step_and_a_round_take_and_spends_nothing(terminal, joinable):
+    assert terminal("silo join", "--yes", "--home", joinable).code == 0
+    before = contents(joinable)
+    said = terminal("silo train --dry-run", "--home", joinable, "--json").document
+    assert set(said) == {"seconds", "seconds_per_round", "peak_memory_bytes", "device", "precision"}
+    assert said["seconds_per_round"] == said["seconds"] > 0
+    assert contents(joinable) == before
 
 
 def test_a_plan_above_the_silos_limit_is_5_and_nothing_is_signed(terminal, joinable):

@@ -140,6 +140,24 @@ def test_as_many_void_rounds_in_a_row_as_the_contract_names_stop_it_for_good(tmp
     assert federation.store.latest("manifest") == last
 
 
+def test_rejected_rounds_count_like_void_ones_and_stop_it_for_good(tmp_path, monkeypatch):
+    federation = Federation(tmp_path, sum={"max_void_rounds": 3})
+    coordinator = federation.ready()
+    assert coordinator.run_round(1).reason == ""
+    federation.silos[2].withhold.add("upload")
+    assert coordinator.run_round(2).kind == "void"
+    federation.silos[2].withhold.clear()
+    monkeypatch.setattr(update_rule, "accepts", lambda total, terms: False)
+    rejected = coordinator.run_round(3)
+    assert (rejected.kind, rejected.reason) == ("result", "rejected")
+    with pytest.raises(RoundError, match="3 rounds in a row were void or rejected .*absent, rejected.* allows 3"):
+        coordinator.run_round(4)
+    assert {silo.settled for silo in federation.silos} == {4}, "every silo has acknowledged it"
+    with pytest.raises(RoundError, match="rounds in a row were void or rejected"):
+        federation.coordinator().run_round(5)
+    assert federation.store.latest("manifest") == 4
+
+
 def test_a_result_between_void_rounds_starts_the_count_again(tmp_path):
     federation = Federation(tmp_path, sum={"max_void_rounds": 2})
     coordinator = federation.ready()

@@ -208,6 +208,18 @@ def test_a_second_signing_is_refused_and_changes_nothing(tmp_path):
     assert home.contract_path(1).read_bytes() == accepted.raw
 
 
+def test_signing_again_answers_with_what_stands_whatever_calibration_would_say_today(tmp_path, monkeypatch):
+    home, identity, store = made(tmp_path)
+    accepted = enrolment.sign_version(home, identity, store, now=0.0)
+    other = accepted.terms.privacy.noise_multiplier * 1.25
+    monkeypatch.setattr(accounting, "calibrate", lambda **given: other)
+    assert enrolment.complete(home.draft_path.read_text()).encode() != accepted.raw
+    assert enrolment.sign_version(home, identity, store, now=9.0) == accepted
+    edit(home, "rounds = 5", "rounds = 50")
+    with pytest.raises(ConfigError, match="stands"):
+        enrolment.sign_version(home, identity, store, now=9.0)
+
+
 def test_signing_goes_on_where_publishing_was_interrupted(tmp_path):
     home, identity, store = made(tmp_path)
     accepted = enrolment.sign_version(home, identity, store, now=0.0)

@@ -377,6 +377,7 @@ def test_the_command_writes_the_adapter_and_says_what_is_in_it(terminal, north, 
     assert (facts["round"], facts["model_digest"]) == (3, stated["model_digest"])
     assert facts["epsilon"] == spent["epsilon"] > 0
     assert contents(north.root) == before, "reading changes nothing and costs nothing"
+    (tmp_path / ".again.0123456789ab").mkdir()  # what an export that was killed leaves
     again = terminal("silo export", tmp_path / "again", "--home", north.root, "--json").document
     assert again["files"] == facts["files"]
     assert repr(spent["epsilon"]) in (folder / "README.md").read_text(encoding="utf-8")

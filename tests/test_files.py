@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Durable writes: whole or not at all, also on a disk that is really full and in a process that is really killed."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -148,3 +149,22 @@ def test_a_shared_folder_is_swept_only_by_whoever_is_alone_in_it(tmp_path: Path)
             assert half.exists()
     with files.shared(folder):
         assert not half.exists()
+
+
+def test_the_lock_of_a_shared_folder_needs_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, lock, flags = tmp_path / "evidence", tmp_path / "evidence.lock", []
+    folder.mkdir()
+    opened = os.open
+
+    def watched(path: Path, how: int, *rest: int) -> int:
+        flags.append((Path(path), how & os.O_ACCMODE))
+        return opened(path, how, *rest)
+
+    monkeypatch.setattr(os, "open", watched)
+    before = os.umask(0o022)
+    try:
+        with files.shared(folder):
+            assert lock.stat().st_mode & 0o777 == files.PUBLIC
+    finally:
+        os.umask(before)
+    assert (lock, os.O_RDONLY) in flags

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -191,10 +192,30 @@ def test_order_of_arrival_is_kept_within_a_length() -> None:
     assert seen == [u.rows[0][0] for u in units]
 
 
-def test_a_unit_goes_into_the_first_batch_that_has_room_for_it() -> None:
-    units = [unit(seed, [6] * size) for seed, size in enumerate((3, 3, 2, 1, 2, 1))]
+def test_a_unit_goes_into_the_fullest_batch_that_it_fits() -> None:
+    units = [unit(seed, [6] * size) for seed, size in enumerate((2, 3, 1, 2))]
     batches = list(pack(units, lambda _: 4, max_length=MAX_LENGTH))
-    assert [b.unit.tolist() for b in batches] == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert [b.unit.tolist() for b in batches] == [[0, 0, 0, 1], [0, 0, 1, 1]]
+
+
+class Watched(tuple):
+    """A unit's rows, which note each time that their number is asked for."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        Watched.asked += 1
+        return super().__len__()
+
+
+def test_a_units_price_does_not_grow_with_the_batches_that_wait() -> None:
+    """Units of 9 rows in batches of 16 never fill one: all batches stay open, and a unit must not be held against each."""
+    many = 2_000
+    units = [dataclasses.replace(each, rows=Watched(each.rows)) for each in [unit(0, [6] * 9)] * many]
+    Watched.asked = 0
+    batches = list(pack(units, lambda _: 16, max_length=MAX_LENGTH))
+    assert [b.unit.tolist().count(DUMMY) for b in batches] == [7] * many
+    assert Watched.asked <= 16 * many
 
 
 def test_token_types_travel_and_do_not_share_a_batch_with_units_without() -> None:

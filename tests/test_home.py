@@ -147,6 +147,20 @@ def test_one_process_at_a_time(home):
         pass
 
 
+def test_taking_the_lock_sweeps_what_the_silo_writes_and_no_strangers_folder(home):
+    home.keep_contract(1, b"one")
+    own = [home.root / f".{name}.0123456789ab" for name in ("silo.toml", "identity.pub", "ledger.jsonl", "state.safetensors")]
+    own += [home.root / name for name in ("promises/.manifest-1.0123456789ab", "contract/v1/.contract.0123456789ab")]
+    for path in own:
+        path.write_bytes(b"half")
+    foreign = home.root / ".adapter.0123456789ab"
+    foreign.mkdir()
+    (foreign / "README.md").write_bytes(b"an export is writing")
+    with home.locked():
+        assert not [path for path in own if path.exists()]
+        assert (foreign / "README.md").read_bytes() == b"an export is writing"
+
+
 def test_no_home_is_said(tmp_path):
     with pytest.raises(ConfigError, match="no silo"), Home(tmp_path / "nowhere").locked():
         pass

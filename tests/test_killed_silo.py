@@ -11,7 +11,7 @@ import pytest
 
 from privacy import keys
 from privacy.budget import MOST_ATTEMPTS
-from privacy.ledger import Commit, Plan, Reserve, Void
+from privacy.entries import Commit, Plan, Reserve, Void
 from silo import reading
 from silo.upload import Persisted
 from tests import crash, sessions

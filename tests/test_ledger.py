@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import ledger as ledgers
+from privacy.entries import Begin, Commit, Plan, Reserve, Void
 from privacy.errors import LedgerBroken, MachineError, PrivacyRefusal
-from privacy.ledger import Begin, Commit, History, Ledger, Plan, Reserve, Void
+from privacy.ledger import History, Ledger
 from privacy.mechanism import LatticeGaussian
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)

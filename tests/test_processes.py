@@ -15,9 +15,10 @@ import pytest
 
 from aggregator import commands as hub_commands
 from aggregator import dealing
+from aggregator.processes import children
 from privacy import keys, ledger
-from privacy.errors import RecordsError
-from privacy.ledger import Reserve
+from privacy.entries import Reserve
+from privacy.errors import PrivacyRefusal, RecordsError
 from silo import commands, reading
 from silo.upload import Persisted
 from tests import sessions
@@ -176,6 +177,15 @@ def test_records_that_the_cap_leaves_out_are_told_and_the_cap_is_eight_of_a_colu
     assert (one.max_records_per_unit, one.left_out) == (1, 9 * large)
     each = dealing.deal(data, silos=3, silo_column=None, unit=None, max_records_per_unit=None)
     assert (each.max_records_per_unit, each.left_out) == (1, 0)
+
+
+def test_what_a_child_refuses_for_privacy_is_a_refusal_of_the_whole(tmp_path):
+    promises = tmp_path / "north" / "promises"
+    promises.mkdir(parents=True)
+    (promises / "manifest-1").write_text("0" * 64 + "\n")  # this silo took part before, and its ledger is gone
+    words = ["--home", tmp_path / "north", "--name", "north", "--organisation", "N", "--aggregator", "http://127.0.0.1:9"]
+    with children(tmp_path / "logs") as running, pytest.raises(PrivacyRefusal, match=r"exit code 5: ledger\.jsonl is missing"):
+        running.answer("init-north", "silo", ["init", *words, "--records", tmp_path / "records.jsonl"])
 
 
 def test_held_out_records_of_a_file_of_their_own_leave_all_others_to_the_silos(tmp_path):

@@ -21,7 +21,7 @@ USUAL = {"silos": 5, "shares": 4, "dimension": 294_912, "sampling_rate": 0.2, "u
 
 
 def fits(p, *, silos, shares, dimension, sampling_rate, units, noise_multiplier):
-    """The upper conditions of PRIVACY.md §2 at p in 60-digit decimals: (fits, s², H, Q)."""
+    """The upper conditions of ``ring.plan`` at p in 60-digit decimals: (fits, s², H, Q)."""
     with localcontext() as context:
         context.prec = 60
         variance = (Decimal(noise_multiplier) ** 2 * 4**p / shares).to_integral_value("ROUND_CEILING")

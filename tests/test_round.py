@@ -18,6 +18,7 @@ import pytest
 from aggregator import admission, rounds
 from privacy import envelope, federation, files, guardian_sum, keys, ledger, ring, update_rule
 from privacy.budget import Gate, Limits
+from privacy.entries import Commit
 from privacy.errors import BudgetExhausted, Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.messages import AGGREGATOR, Acknowledgement, decode, encode
 from privacy.update_rule import State
@@ -487,7 +488,7 @@ def test_killed_at_any_write_the_round_completes_after_a_restart(each_world, mon
     opened = world.silo(1)
     opened.ledger.close()
     assert sum(event.steps for event in opened.ledger.charged()) == steps * len(charged)
-    assert sum(isinstance(e, ledger.Commit) for e in opened.ledger.entries) == 1
+    assert sum(isinstance(e, Commit) for e in opened.ledger.entries) == 1
     left = {p.name for p in (world.root / "silo-1" / "epoch").rglob("*") if p.is_file()}
     assert left == {"chain"}
     world.run_round(2)
@@ -602,6 +603,19 @@ def test_silos_stop_after_max_void_rounds(world):
     with pytest.raises(RoundError, match="2 rounds in a row were void"):
         world.silo(1).take_part()
     with pytest.raises(RoundError, match="2 rounds in a row were void"):
+        world.silo(1).take_part()
+
+
+def test_rejected_sums_count_like_void_rounds_and_stop_the_silos(world, monkeypatch):
+    with monkeypatch.context() as bounds:
+        bounds.setattr(update_rule, "accepts", lambda total, terms: False)
+        assert {settled.kind for settled in world.run_round(1).values()} == {"rejected"}
+    assert {world.progress(silo).voids for silo in SILOS} == {1}
+    world.hub.open_round(2)
+    world.hub.void(2)
+    with pytest.raises(RoundError, match="2 rounds in a row were void or rejected"):
+        world.silo(1).take_part()
+    with pytest.raises(RoundError, match="2 rounds in a row were void or rejected"):
         world.silo(1).take_part()
 
 

@@ -7,6 +7,7 @@ import csv
 import logging
 import os
 
+import msgspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -190,7 +191,10 @@ def test_nothing_about_the_records_is_logged(terms, units, caplog, capfd):
 
 def test_dry_run_gives_time_and_memory(terms, units):
     timing = contribution(terms, units, {0, 1}).dry_run(update_rule.initial(terms))
-    assert timing.seconds > 0
+    assert timing.seconds_per_round == timing.seconds > 0
+    local = msgspec.structs.replace(terms, training=msgspec.structs.replace(terms.training, mode="local", steps_per_round=5))
+    alone = contribution(local, units, {0, 1}).dry_run(update_rule.initial(local))
+    assert alone.seconds_per_round == 5 * alone.seconds
     assert timing.peak_memory_bytes > 10**7
     assert (timing.device, timing.precision) == ("cpu", "float32")
 
