@@ -19,6 +19,9 @@ SCALE: Final = 4.0
 LEARNING_RATE: Final = 0.04
 MAX_GRAD_NORM: Final = 1.0
 SAMPLING_RATE: Final = 0.25
+EPSILON: Final = 8.0
+MAX_LENGTH: Final = 64
+"""Tokens per record; the simulator's own is shorter."""
 ROUNDS: Final = {"joint": 24, "local": 6}
 STEPS_PER_ROUND: Final = {"joint": 1, "local": 4}
 """By mode: equally many private steps in all."""

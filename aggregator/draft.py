@@ -32,7 +32,7 @@ class Terms:
     units: int
     rounds: int
     text_pair: bool = False
-    max_length: int = 128
+    max_length: int = defaults.MAX_LENGTH
     rank: int = defaults.RANK
     basis: str = defaults.BASIS
     scale: float = defaults.SCALE
@@ -49,7 +49,7 @@ class Terms:
     sampling_rate: float = defaults.SAMPLING_RATE
     max_grad_norm: float = defaults.MAX_GRAD_NORM
     noise_multiplier: float | None = None
-    epsilon: float = 8.0
+    epsilon: float = defaults.EPSILON
     delta: float = 1e-6
     colluders: int = 1
     lattice_bits: int | None = None

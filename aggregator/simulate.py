@@ -52,7 +52,7 @@ class Settings:
     mode: str = "joint"
     rounds: int = defaults.ROUNDS["joint"]
     steps_per_round: int = 1
-    epsilon: float = 8.0
+    epsilon: float = defaults.EPSILON
     delta: float | None = None
     sampling_rate: float = defaults.SAMPLING_RATE
     rank: int = defaults.RANK

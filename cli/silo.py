@@ -106,7 +106,7 @@ def join(
 def train(
     rounds: Annotated[int | None, typer.Option(min=1, help="take part in this many rounds, then stop")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="take part until the plan is used up or the run ends")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="one step here: a round's time, and memory; nothing leaves or is spent")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="step and round time, memory; nothing leaves or is spent")] = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:

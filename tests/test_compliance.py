@@ -289,6 +289,13 @@ def test_the_words_of_a_local_plan_rest_epsilon_on_the_silos_own_noise():
     assert "update bound" not in {each.name for each in small().mechanism}
 
 
+def test_both_modes_name_the_pseudo_random_function_and_what_the_number_of_attempts_tells():
+    for report in (small(), small(**LOCAL)):
+        assert any("AES-256 as a pseudo-random function" in row.text for row in report.assumptions if row.severity == "guarantee")
+        tried = [item for item in report.traffic.left if "a crash may depend on records" in item.what]
+        assert [("ledger" in item.what, "header" in item.form, "adapter" in item.form) for item in tried] == [(True, True, True)]
+
+
 def test_a_local_simulation_keeps_the_simulations_own_words():
     text = msgspec.json.encode(make(contract(rounds=4, **LOCAL), run(3), extra=SIMULATED)).decode()
     assert "one machine plays every party" in text

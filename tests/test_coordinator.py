@@ -150,7 +150,7 @@ def test_rejected_rounds_count_like_void_ones_and_stop_it_for_good(tmp_path, mon
     monkeypatch.setattr(update_rule, "accepts", lambda total, terms: False)
     rejected = coordinator.run_round(3)
     assert (rejected.kind, rejected.reason) == ("result", "rejected")
-    with pytest.raises(RoundError, match="3 rounds in a row were void or rejected .*absent, rejected.* allows 3"):
+    with pytest.raises(RoundError, match=r"3 rounds in a row were void or rejected .*absent, rejected.* allows 3"):
         coordinator.run_round(4)
     assert {silo.settled for silo in federation.silos} == {4}, "every silo has acknowledged it"
     with pytest.raises(RoundError, match="rounds in a row were void or rejected"):

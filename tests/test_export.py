@@ -439,8 +439,8 @@ def test_after_the_contract_expired_everything_can_be_read_and_nothing_trained(t
         membership.joined(home, keys.load(home.identity_path), now=datetime.datetime.now(datetime.UTC))
 
 
-def test_in_local_mode_the_own_model_stays_at_home(north, tiny, tmp_path):
-    """What is exported is the federation's state; a silo's own model never leaves its disk."""
+def test_in_local_mode_the_silos_own_state_stays_at_home(north, tiny, tmp_path):
+    """What is exported is the federation's state and nothing of the silo's own."""
     home = home_of(tmp_path / "north", tiny)
     wanted = reading.export(home.root, tmp_path / "before", "")["files"]["adapter_model.safetensors"]
     progress = home.progress()
