@@ -305,7 +305,7 @@ def test_a_port_in_use_is_a_machine_error(running):
 
 
 SERVE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from aggregator import admission, service
 from aggregator.board import Board
@@ -314,6 +314,7 @@ from aggregator.store import Store
 home = Home(Path(sys.argv[1]))
 store = Store(home.evidence_folder, home.database_url(home.config()))
 listen = home.config().listen
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: a shell's background jobs ignore it
 app = service.create_app(Board(store, admission.admit, time.time))
 service.serve(app, listen.host, listen.port, service_file=home.service_path)
 """
