@@ -10,7 +10,7 @@ Columns, all accuracies on the data set's own held-out records, one run each, op
 head      a private linear head on the frozen encoder, pooled, at the same epsilon; the best of three step sizes
 private   the federation: ``aggregator simulate``, real processes, ledgers and secure sum
 same      the same adapter, sampling, schedule and update rule with neither clipping nor noise, on the pooled records
-to end    the same adapter trained without privacy until it stops gaining: Adam on shuffled batches of 64 records
+to end    the same adapter trained without privacy for three passes: Adam on shuffled batches of 64 records
 kept      (private − head) / (same − head): the share of what the adapter adds that survives privacy; ``to end`` likewise
 """
 
