@@ -70,12 +70,16 @@ class Row:
     @property
     def kept(self) -> float | None:
         """The share of the gap between private head and the same training without privacy; None where that was not measured."""
-        return None if self.same is None else (self.private - self.head) / (self.same - self.head)
+        return _share(self, self.same)
 
     @property
     def kept_to_end(self) -> float | None:
         """The same share, against training without privacy to its end."""
-        return None if self.to_end is None else (self.private - self.head) / (self.to_end - self.head)
+        return _share(self, self.to_end)
+
+
+def _share(row: Row, other: float | None) -> float | None:
+    return None if other is None or other == row.head else (row.private - row.head) / (other - row.head)
 
 
 def unpacked(data: Path, task: str, folder: Path) -> tuple[Path, Path]:
@@ -195,7 +199,8 @@ def _row(task: str, epsilon: float, found: Result, others: tuple[float | None, f
     )
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """The row as it stands in the table."""
     return (
         f"{row.task:<6} {row.epsilon:>7g} {row.delta:>7.0e} {row.noise_multiplier:>6.3f}  {row.before:>6.3f} {row.head:>6.3f} "
         f"{row.private:>8.3f} {_cell(row.same, '.3f'):>6} {_cell(row.to_end, '.3f'):>7}  "
@@ -251,7 +256,7 @@ def main(words: Sequence[str] | None = None, *, say: Callable[[str], None] = pri
                 task, unpacked(options.data, task, folder), options.epsilons, folder, compare=not options.private_only, **settings
             ):
                 rows.append(row)
-                tell(_line(row))
+                tell(line(row))
     if options.json:
         say(json.dumps({"rows": [{**dataclasses.asdict(row), "kept": row.kept, "kept_to_end": row.kept_to_end} for row in rows]}))
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import threading
 
 import pytest
 
-from benchmarks import clocks, machine, noise, round, step_overhead
+from benchmarks import clocks, machine, noise, round, step_overhead, utility
 from silo import training
 from silo.transport import HttpTransport
 from tests import sessions
@@ -118,3 +119,22 @@ def test_other_threads_are_not_timed():
 def test_a_missed_target_is_said_aloud():
     assert machine.verdict("x", "y", met=False).endswith("MISSED")
     assert machine.verdict("x", "y", met=True).endswith("met")
+
+
+def test_utility_measures_a_data_set_with_and_without_privacy(tmp_path):
+    for name, rows in (("train", sessions.rows(150)), ("test", sessions.rows(40, start_at=150))):
+        plain = sessions.write_rows(tmp_path / "rows.jsonl", rows)
+        (tmp_path / "tiny").mkdir(exist_ok=True)
+        (tmp_path / "tiny" / f"{name}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    paths = utility.unpacked(tmp_path, "tiny", tmp_path)
+    settings = {"model": str(sessions.tiny_model(tmp_path / "model")), "rank": 4, "rounds": 2, "max_length": 32}
+    (row,) = utility.measured("tiny", paths, [8.0], tmp_path, compare=True, **settings)
+    assert all(0 <= share <= 1 for share in (row.before, row.head, row.private, row.same, row.to_end))
+    assert row.epsilon == 8.0
+    assert row.upload_bytes > 0
+    assert "tiny" in utility.line(row)
+
+
+def test_utility_says_that_there_is_nothing_to_measure(tmp_path, capsys):
+    utility.main(["--data", str(tmp_path), "--tasks", "ade"])
+    assert capsys.readouterr().out == "no data sets ade in the folder --data names: nothing to measure\n"
