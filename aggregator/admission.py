@@ -94,7 +94,7 @@ def admit(kind: Kind, number: int, party: int, data: bytes, view: Documents) -> 
 
 def _countersignature(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
     _expect("countersignature", member, "contract version", number, accepted.terms.version)
-    key = bytes.fromhex(member.sign_key)
+    key = member.verify_key
     body = envelope.open_signed(data, type="countersignature", context=accepted.digest, sender=member.id, key=key)
     stated = decode(body, Countersignature)
     _expect("countersignature", member, "contract", stated.contract, accepted.digest)

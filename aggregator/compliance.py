@@ -41,7 +41,7 @@ class RoundFacts(Fact, frozen=True, kw_only=True):
     """One round as the aggregator stored it. Times are Unix seconds, digests hex, ``participants`` silos whose upload arrived."""
 
     number: Natural
-    kind: Literal["result", "void"]
+    kind: Literal["result", "void", "annulled"]
     reason: str
     opened_at: int
     closed_at: int

@@ -37,7 +37,7 @@ class Closed:
     """How a round ended; ``state`` is the digest of the model after it, ``seconds`` from opening to outcome."""
 
     round: int
-    kind: Literal["result", "void"]
+    kind: Literal["result", "void", "annulled"]
     reason: str
     state: bytes
     seconds: int

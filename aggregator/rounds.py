@@ -108,7 +108,7 @@ def own(documents: Documents, accepted: Accepted, kind: Kind, number: int, conte
     raw = documents.get(kind, number, AGGREGATOR)
     if raw is None:
         return None
-    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    key = accepted.terms.aggregator.verify_key
     return envelope.open_signed(raw, type=kind, context=context, sender=AGGREGATOR, key=key)
 
 
@@ -234,7 +234,7 @@ def open_upload(raw: bytes, opened: Round, member: Member) -> Upload:
     Raises:
         TrustError: malformed, or not signed by the member, as an upload, in this epoch.
     """
-    key = bytes.fromhex(member.sign_key)
+    key = member.verify_key
     return decode(envelope.open_signed(raw, type="upload", context=opened.context, sender=member.id, key=key), Upload)
 
 
@@ -244,7 +244,7 @@ def open_acknowledgement(raw: bytes, opened: Round, member: Member) -> Acknowled
     Raises:
         TrustError: not signed by the member in this epoch, or it names another silo or round.
     """
-    key = bytes.fromhex(member.sign_key)
+    key = member.verify_key
     body = envelope.open_signed(raw, type="acknowledgement", context=opened.context, sender=member.id, key=key)
     stated = decode(body, Acknowledgement)
     if (stated.silo, stated.round_ctx) != (member.id, opened.ctx):

@@ -85,7 +85,7 @@ def open_contract(raw: bytes) -> Accepted:
         ConfigError: the terms contradict each other.
     """
     accepted = parse(decode(raw, Signed).body)
-    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    key = accepted.terms.aggregator.verify_key
     open_signed(raw, type="contract", context=accepted.digest, sender=AGGREGATOR, key=key)
     return accepted
 
@@ -96,7 +96,7 @@ def open_member(raw: bytes, kind: type_of[M], *, type: SignedType, context: byte
     Raises:
         TrustError: as ``open_signed``; or the body is malformed, or names another silo.
     """
-    raw_key = bytes.fromhex(member.sign_key)
+    raw_key = member.verify_key
     message = decode(open_signed(raw, type=type, context=context, sender=member.id, key=raw_key), kind)
     if message.silo != member.id:
         raise TrustError(

@@ -30,7 +30,10 @@ Bound = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 """Words that people compare: printable, see ``_check_words``."""
+GUARDIANS_FROM = 2**15
+"""Silos have ids below, guardians above."""
 Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Hex1952 = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{3904})?\Z")]
 Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}\Z")]
 
 
@@ -107,30 +110,55 @@ class Privacy(Table, frozen=True, kw_only=True):
 
 
 class Sum(Table, frozen=True, kw_only=True):
-    """The secure sum (PROTOCOL.md). Consent mode: every silo signs for every sum that holds its vector."""
+    """The secure sum (docs/spec/guardian-sum.md).
 
-    protocol: Literal["consent"] = "consent"
+    ``consent``: every silo signs for every sum that holds its vector, and a silent silo closes the round. ``shares``: guardians
+    hold shares of what unmasks a sum, so that ``dropouts`` silos may be missing and the round still ends with a sum;
+    ``corrupt_guardians`` of them may work against everybody. ``blocks``: a partition of the members; a set is then a union of
+    whole blocks, so that no two sets differ by less than one.
+    """
+
+    protocol: Literal["consent", "shares"] = "consent"
+    dropouts: Annotated[int, msgspec.Meta(ge=0)] = 0
+    corrupt_guardians: Annotated[int, msgspec.Meta(ge=0)] = 0
+    blocks: tuple[tuple[Annotated[int, msgspec.Meta(ge=1, lt=2**15)], ...], ...] = ()
     ring_bits: Literal[32] = 32
     max_void_rounds: Annotated[int, msgspec.Meta(ge=0)] = 3
     deadline_s: Annotated[int, msgspec.Meta(ge=1, le=604800)] = 600
     two_silos_see_each_other: bool = False
 
 
-class Aggregator(Table, frozen=True, kw_only=True):
-    """The coordinator's identity: its Ed25519 key signs, its X-Wing key receives."""
+class Signer(Table, frozen=True, kw_only=True):
+    """Who signs: an Ed25519 key, and with ``signatures = "ed25519+ml-dsa-65"`` an ML-DSA-65 key beside it. Both must verify."""
 
     name: Name
     sign_key: Hex32
+    ml_dsa_key: Hex1952 = ""
+
+    @property
+    def verify_key(self) -> bytes:
+        """The keys as privacy.keys.verify_signature takes them: 32 bytes, or 32 + 1952."""
+        return bytes.fromhex(self.sign_key + self.ml_dsa_key)
+
+
+class Aggregator(Signer, frozen=True, kw_only=True):
+    """The coordinator's identity: its sign keys sign, its X-Wing key receives."""
+
     seal_key: Hex1216
 
 
-class Member(Table, frozen=True, kw_only=True):
+class Member(Signer, frozen=True, kw_only=True):
     """A silo's public identity, as its own ``identity.pub`` states it."""
 
-    id: Annotated[int, msgspec.Meta(ge=1, lt=2**16)]
-    name: Name
+    id: Annotated[int, msgspec.Meta(ge=1, lt=GUARDIANS_FROM)]
     organisation: Text
-    sign_key: Hex32
+
+
+class Guardian(Signer, frozen=True, kw_only=True):
+    """A guardian: a process of one organisation, with ids apart from the silos'. One with a member's keys is part of that silo."""
+
+    id: Annotated[int, msgspec.Meta(gt=GUARDIANS_FROM, lt=2**16)]
+    organisation: Text
 
 
 class Contract(Table, frozen=True, kw_only=True):
@@ -141,6 +169,7 @@ class Contract(Table, frozen=True, kw_only=True):
     name: Name
     previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
+    signatures: Literal["ed25519", "ed25519+ml-dsa-65"] = "ed25519"
     task: Task
     model: Model
     adapter: Adapter
@@ -149,6 +178,7 @@ class Contract(Table, frozen=True, kw_only=True):
     sum: Sum
     aggregator: Aggregator
     member: tuple[Member, ...]
+    guardian: tuple[Guardian, ...] = ()
 
     @property
     def silos(self) -> int:
@@ -156,14 +186,34 @@ class Contract(Table, frozen=True, kw_only=True):
         return len(self.member)
 
     @property
+    def is_local(self) -> bool:
+        """Whether silos take their own private steps and send what these changed; otherwise a round is one step of all."""
+        return self.training.mode == "local"
+
+    @property
+    def shared(self) -> bool:
+        """Whether guardians hold shares of what unmasks a sum (share mode); otherwise every silo signs for every sum."""
+        return self.sum.protocol == "shares"
+
+    @property
+    def fewest(self) -> int:
+        """u_min: the fewest silos that are ever summed: n in consent mode, max(3, n - t_d) in share mode."""
+        return max(3, self.silos - self.sum.dropouts) if self.shared else self.silos
+
+    @property
+    def quorum(self) -> int:
+        """q: how many signatures make a certificate, and how many shares a secret: ⌊(H+T)/2⌋+1; in consent mode all silos sign."""
+        return (len(self.guardian) + self.sum.corrupt_guardians) // 2 + 1 if self.shared else self.silos
+
+    @property
     def summed(self) -> int:
         """How many silos' vectors a noised lattice sum holds: all n in joint mode, one in local mode."""
-        return 1 if self.training.mode == "local" else self.silos
+        return 1 if self.is_local else self.silos
 
     @property
     def shares(self) -> int:
-        """h: how many noise shares the plan counts on: n - t_c in joint mode (nobody drops out), a silo's own in local mode."""
-        return 1 if self.training.mode == "local" else self.silos - self.privacy.colluders
+        """h: how many noise shares the plan counts on: n - t_d - t_c in joint mode, a silo's own in local mode."""
+        return 1 if self.is_local else self.fewest - self.privacy.colluders
 
     @property
     def steps(self) -> int:
@@ -266,9 +316,9 @@ def adversaries(terms: Contract) -> dict[str, LatticeGaussian]:
 
     In local mode all three face one silo's noise in full: what a silo releases is private before it is summed.
     """
-    if terms.training.mode == "local":
+    if terms.is_local:
         return dict.fromkeys(("outside", "insiders", "sum_broken"), mechanism(terms))
-    return of_a_sum(mechanism(terms), silos=terms.silos, colluders=terms.privacy.colluders)
+    return of_a_sum(mechanism(terms), silos=terms.fewest, colluders=terms.privacy.colluders)
 
 
 def _check_words(terms: Contract) -> None:
@@ -300,7 +350,7 @@ def _check_members(terms: Contract) -> None:
 
 
 def _check_terms(terms: Contract) -> None:
-    if terms.training.mode == "joint" and terms.training.steps_per_round != 1:
+    if not terms.is_local and terms.training.steps_per_round != 1:
         raise _contradiction(
             f"mode = joint with steps_per_round = {terms.training.steps_per_round}", "a joint round is one step: it must be 1"
         )

@@ -8,6 +8,7 @@ and keys are raw bytes; ids count from 1; party 0 is the aggregator.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -18,17 +19,22 @@ Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Key = Digest
 SealKey = Annotated[bytes, msgspec.Meta(min_length=1216, max_length=1216)]
 Attempt = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=3373)]
+"""Ed25519 (64 bytes), or Ed25519 ‖ ML-DSA-65 (3373 bytes); which of the two the contract says, not the message."""
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-SiloId = Annotated[int, msgspec.Meta(ge=1, lt=2**16)]
+SiloId = Annotated[int, msgspec.Meta(ge=1, lt=2**15)]
+GuardianId = Annotated[int, msgspec.Meta(gt=2**15, lt=2**16)]
 PartyId = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
 
 AGGREGATOR = 0
+EMPTY_LOG = hashlib.sha256(b"").digest()
+"""The RFC 6962 root of no leaves."""
 
 Kind = Literal[
     "contract", "countersignature",
-    "epoch", "epoch-note", "roster", "pair-seeds", "confirmation",
-    "manifest", "upload", "freeze", "consent", "certificate", "release", "outcome", "acknowledgement",
+    "epoch", "epoch-note", "guardian-note", "roster", "pair-seeds", "confirmation",
+    "manifest", "upload", "list", "freeze", "consent", "endorsement", "certificate", "release", "shares", "close",
+    "outcome", "acknowledgement",
 ]  # fmt: skip
 KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
 AGGREGATOR_KINDS = frozenset({"contract", "epoch", "roster", "manifest", "freeze", "certificate", "outcome"})
@@ -75,12 +81,27 @@ class EpochNote(Wire, frozen=True, kw_only=True):
     basis: Digest
 
 
+class GuardianNote(Wire, frozen=True, kw_only=True):
+    """A guardian's fresh key for one epoch: bundles of shares are sealed to it."""
+
+    contract: Digest
+    epoch: Number
+    guardian: GuardianId
+    instance: Attempt
+    guardian_key: SealKey
+
+
 class Roster(Wire, frozen=True, kw_only=True):
-    """All notes of an epoch, as signed, by ascending silo. epoch_ctx is computed over this struct's bytes."""
+    """All notes of an epoch, as signed, by ascending silo. epoch_ctx is computed over this struct's bytes.
+
+    In share mode ``notes`` are those of the silos that take part in this epoch, at least u_min of them, and ``guardians`` are the
+    notes of all guardians; in consent mode all silos take part and there are no guardians.
+    """
 
     contract: Digest
     epoch: Number
     notes: tuple[bytes, ...]
+    guardians: tuple[bytes, ...] = ()
 
 
 class PairSeeds(Wire, frozen=True, kw_only=True):
@@ -100,7 +121,11 @@ class Confirmation(Wire, frozen=True, kw_only=True):
 
 
 class Manifest(Wire, frozen=True, kw_only=True):
-    """What one round is. round_ctx is the SHA-256 of this struct's bytes."""
+    """What one round is. round_ctx is the SHA-256 of this struct's bytes.
+
+    ``log_size`` and ``log_root``: the head of the transparency log on which the round is opened, so that two parties that were
+    shown different logs are in different rounds.
+    """
 
     epoch_ctx: Digest
     epoch: Number
@@ -113,6 +138,8 @@ class Manifest(Wire, frozen=True, kw_only=True):
     clamp: Number
     opened_at: int
     deadline_at: int
+    log_size: Number = 0
+    log_root: Digest = EMPTY_LOG
 
 
 class Header(Wire, frozen=True, kw_only=True):
@@ -126,6 +153,8 @@ class Header(Wire, frozen=True, kw_only=True):
     root: Digest
     self_commitment: Digest
     pair_commitments: tuple[tuple[SiloId, Digest], ...]
+    bundles: tuple[tuple[GuardianId, Digest, Digest], ...] = ()
+    """In share mode, by ascending guardian: SHA-256 of its sealed bundle, and the RFC 6962 root of its shares."""
 
 
 class Upload(Wire, frozen=True, kw_only=True):
@@ -137,13 +166,33 @@ class Upload(Wire, frozen=True, kw_only=True):
 
     header: bytes
     sealed: bytes
+    bundles: tuple[bytes, ...] = ()
+    """In share mode, by ascending guardian: the silo's Shamir shares for it, sealed to its epoch key."""
+
+
+class Listing(Wire, frozen=True, kw_only=True):
+    """Which uploads a guardian can answer for: those whose bundle opened and matches its share root. It binds to no set.
+
+    ``headers`` by ascending silo: SHA-256 of the signed header. ``disputes``: uploads it cannot answer for, and why.
+    """
+
+    round_ctx: Digest
+    guardian: GuardianId
+    headers: tuple[tuple[SiloId, Digest], ...]
+    disputes: tuple[tuple[SiloId, Literal["sealed", "root"]], ...]
 
 
 class Freeze(Wire, frozen=True, kw_only=True):
-    """The set U that the aggregator proposes: every member's signed header, by ascending silo."""
+    """The set U that the aggregator proposes: signed headers by ascending silo, in consent mode of every member.
+
+    In share mode ``lists`` are the q signed lists that U rests on, by ascending guardian, and ``left_out`` says of every other silo
+    of the epoch why it is not in U.
+    """
 
     round_ctx: Digest
     headers: tuple[bytes, ...]
+    lists: tuple[bytes, ...] = ()
+    left_out: tuple[tuple[SiloId, Literal["absent", "unlisted", "mismatch"]], ...] = ()
 
 
 class Consent(Wire, frozen=True, kw_only=True):
@@ -154,8 +203,16 @@ class Consent(Wire, frozen=True, kw_only=True):
     frozen: Digest
 
 
+class Endorsement(Wire, frozen=True, kw_only=True):
+    """A guardian's one signature for a set in a round. It is on the guardian's disk before it leaves."""
+
+    round_ctx: Digest
+    guardian: GuardianId
+    frozen: Digest
+
+
 class Certificate(Wire, frozen=True, kw_only=True):
-    """All consents, as signed, by ascending silo."""
+    """All consents, as signed, by ascending silo; in share mode the endorsements of q guardians, by ascending guardian."""
 
     round_ctx: Digest
     frozen: Digest
@@ -171,20 +228,46 @@ class Release(Wire, frozen=True, kw_only=True):
     sealed: bytes
 
 
+class Shares(Wire, frozen=True, kw_only=True):
+    """What a guardian releases against a certificate, sealed to the aggregator: its shares of b_i for i in U, then of k_ij for
+    i in U and j outside, ascending. The message names no silo: both sides compute the places from U alone.
+    """
+
+    round_ctx: Digest
+    guardian: GuardianId
+    frozen: Digest
+    sealed: bytes
+
+
+class Close(Wire, frozen=True, kw_only=True):
+    """A guardian's word that it signs and releases nothing more in a round: the set it endorsed, if any, and if it released."""
+
+    round_ctx: Digest
+    guardian: GuardianId
+    frozen: Annotated[bytes, msgspec.Meta(max_length=32)]
+    released: bool
+
+
 class Outcome(Wire, frozen=True, kw_only=True):
-    """How a round ended. For ``result``, by ascending silo: every masked vector and the seed of its self mask; the sum they give
-    (all vectors little-endian uint32), and the digest of the next state. With these every silo computes the sum again itself.
+    """How a round ended. For ``result``, by ascending silo of the set: every masked vector and the seed of its self mask; the sum
+    they give (all vectors little-endian uint32), and the digest of the next state. With these every silo computes the sum again
+    itself. Where silos of the epoch are missing in the set, ``pair_keys`` holds k_ij for every i in it and j missing.
+
+    ``closes``: in share mode, the q words of guardians that end a round without a sum. It is ``void`` when they prove that no
+    certificate can exist; otherwise ``annulled``: nothing was summed, and everything counts as released.
     """
 
     round_ctx: Digest
     round: Number
-    kind: Literal["result", "void"]
+    kind: Literal["result", "void", "annulled"]
     reason: str
     frozen: bytes
     total: bytes
     seeds: tuple[tuple[SiloId, Digest], ...]
     vectors: tuple[tuple[SiloId, bytes], ...]
     next_state: Digest
+    pair_keys: tuple[tuple[SiloId, SiloId, Digest], ...] = ()
+    closes: tuple[bytes, ...] = ()
 
 
 class Acknowledgement(Wire, frozen=True, kw_only=True):

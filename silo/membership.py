@@ -276,7 +276,7 @@ def aggregator_identity(terms: Contract) -> keys.PublicIdentity:
 
 
 def _check_countersignature(signed: bytes, accepted: Accepted, member: Member) -> None:
-    key = bytes.fromhex(member.sign_key)
+    key = member.verify_key
     body = envelope.open_signed(signed, type="countersignature", context=accepted.digest, sender=member.id, key=key)
     wanted = Countersignature(contract=accepted.digest, member=member.id)
     if decode(body, Countersignature) != wanted:

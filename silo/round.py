@@ -382,7 +382,7 @@ class Rounds:
         return True
 
     def _open(self, document: bytes, kind: Literal["manifest", "freeze", "certificate", "outcome"]) -> bytes:
-        key = bytes.fromhex(self._terms.aggregator.sign_key)
+        key = self._terms.aggregator.verify_key
         return envelope.open_signed(document, type=kind, context=self._epoch.context, sender=AGGREGATOR, key=key)
 
     def _sign(self, kind: Literal["header", "upload", "consent", "release", "acknowledgement"], message: Wire) -> bytes:

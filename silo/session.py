@@ -244,7 +244,7 @@ class _Setup:
 
 
 def _from_aggregator(document: bytes, kind: Literal["epoch", "roster"], accepted: Accepted) -> bytes:
-    key = bytes.fromhex(accepted.terms.aggregator.sign_key)
+    key = accepted.terms.aggregator.verify_key
     return envelope.open_signed(document, type=kind, context=accepted.digest, sender=AGGREGATOR, key=key)
 
 

@@ -729,7 +729,7 @@ def test_a_silo_that_masks_otherwise_than_it_committed_destroys_the_sum_anonymou
 
 def test_a_header_holds_digests_and_commitments_and_no_count_or_loss(a_round: Round) -> None:
     assert set(Header.__struct_fields__) == {
-        "round_ctx", "silo", "attempt", "ledger_counter", "dimension", "root", "self_commitment", "pair_commitments",
+        "round_ctx", "silo", "attempt", "ledger_counter", "dimension", "root", "self_commitment", "pair_commitments", "bundles",
     }  # fmt: skip
     made = a_round.made[1]
     for secret in (made.self_seed, made.x.tobytes()[:16], *a_round.pair_keys(1).values()):

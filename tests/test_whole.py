@@ -490,9 +490,10 @@ def test_an_upload_that_does_not_open_closes_the_round_before_anybody_consents(r
 def stalled(ready, tmp_path_factory):
     """Round 2 stands complete on the board; silo 1 lost its power when it was to read the outcome. With all documents."""
     log = [
-        (slot, ready.store.get(*slot))
+        (slot, data)
         for kind in (*KINDS[2:],)
         for slot in ((kind, 1, AGGREGATOR if kind in AGGREGATOR_KINDS else 2),)
+        if (data := ready.store.get(*slot)) is not None
     ]
     whole = ready.copied(tmp_path_factory.mktemp("stalled") / "federation")
     line = whole.line()
