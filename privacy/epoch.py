@@ -2,7 +2,8 @@
 """Epoch set-up: from identities to one shared secret per pair of silos, confirmed, and its chain over the rounds.
 
 Steps, all pure: ``new_note`` → (all notes) → ``check_roster`` → ``epoch_ctx`` → ``seal_seeds`` → (all seeds) →
-``pair_secrets`` → ``confirmation`` → (all tags) → ``check_confirmations`` → ``PairChain``.
+``pair_secrets`` → ``confirmation`` → (all tags) → ``check_confirmations`` → ``PairChain``. *All* are the silos of the epoch, E:
+every member in consent mode; in share mode those whose notes are in the roster, at least u_min, and every guardian's note too.
 
 Promised: s_ij is known to silos i and j only, while X25519 is unbroken, or X-Wing is unbroken and one of the two seeds is
 random; both presume that the epoch keys of *both* are secret and well generated. Every s_ij is bound to the contract, the
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal, Self
@@ -26,10 +26,31 @@ from typing import Any, Literal, Self
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from privacy import envelope, keys
-from privacy.errors import Equivocation, TrustError
+from privacy.errors import Equivocation
 from privacy.federation import Accepted
 from privacy.keys import expand, extract, u32
-from privacy.messages import Attempt, Confirmation, Digest, EpochNote, Key, Number, PairSeeds, Roster, SiloId, Wire, decode, encode
+from privacy.messages import (
+    Attempt,
+    Confirmation,
+    Digest,
+    EpochNote,
+    GuardianId,
+    GuardianNote,
+    Key,
+    Number,
+    PairSeeds,
+    SiloId,
+    Wire,
+    decode,
+    encode,
+)
+from privacy.roster import check_roster, guardian_notes, refused
+
+__all__ = [
+    "EpochSecrets", "GuardianSecrets", "PairChain", "Secret", "check_confirmations", "check_own_guardian", "check_roster",
+    "confirmation", "epoch_ctx", "guardian_note_of", "guardian_notes", "new_guardian_note", "new_note", "note_of", "pair_secrets",
+    "seal_seeds",
+]  # fmt: skip
 
 
 class Secret(Wire, frozen=True, kw_only=True):
@@ -63,6 +84,17 @@ class EpochSecrets(Secret, frozen=True, kw_only=True):
     seal_seed: Key
     dh_private: Key
     pair_root: Key
+
+
+class GuardianSecrets(Secret, frozen=True, kw_only=True):
+    """A guardian's private half of its note for one epoch. Delete it when every round of the epoch has an outcome."""
+
+    format: Literal["guardian-secrets/1"] = "guardian-secrets/1"
+    contract: Digest
+    epoch: Number
+    guardian: GuardianId
+    instance: Attempt
+    seal_seed: Key
 
 
 class PairChain(Secret, frozen=True, kw_only=True):
@@ -115,30 +147,35 @@ def note_of(secrets: EpochSecrets) -> EpochNote:
     )  # fmt: skip
 
 
-def check_roster(roster: Roster, accepted: Accepted) -> tuple[EpochNote, ...]:
-    """The notes of all members, by ascending id, each verified.
+def new_guardian_note(
+    contract_digest: bytes, epoch: int, guardian: int, *, random: Callable[[int], bytes] = os.urandom
+) -> tuple[GuardianSecrets, GuardianNote]:
+    """A fresh key of one guardian for one epoch: what it keeps, and what it signs and posts."""
+    secrets = GuardianSecrets(
+        contract=contract_digest, epoch=epoch, guardian=guardian, instance=random(16), seal_seed=random(32)
+    )  # fmt: skip
+    return secrets, guardian_note_of(secrets)
 
-    **Formal guarantees** (consent mode: E is all members): one note per member, signed by the key in the contract, for this
-    contract and epoch; all keys fit and distinct; all silos computed the same (A, B).
+
+def guardian_note_of(secrets: GuardianSecrets) -> GuardianNote:
+    """The public note of these secrets, the same every time."""
+    return GuardianNote(
+        contract=secrets.contract, epoch=secrets.epoch, guardian=secrets.guardian, instance=secrets.instance,
+        guardian_key=keys.seal_public_key(secrets.seal_seed),
+    )  # fmt: skip
+
+
+def check_own_guardian(secrets: GuardianSecrets, notes: Sequence[GuardianNote]) -> None:
+    """Return if the roster's notes hold this guardian's own.
 
     Raises:
-        TrustError: any of these fails; the message names the silos.
+        Equivocation: another one, or none, stands there.
     """
-    members = accepted.terms.member
-    if roster.contract != accepted.digest:
-        raise _refused(f"the roster is for contract {_short(roster.contract)}, this silo signed {_short(accepted.digest)}")
-    if len(roster.notes) != len(members):
-        raise _refused(f"the roster has {len(roster.notes)} notes for {len(members)} members")
-    notes = tuple(
-        envelope.open_member(raw, EpochNote, type="epoch-note", context=accepted.digest, member=member)
-        for raw, member in zip(roster.notes, members, strict=True)
-    )
-    for note in notes:
-        _check_note(note, roster)
-    for first, second in combinations(notes, 2):
-        _check_distinct(first, second)
-    _check_basis(notes)
-    return notes
+    if guardian_note_of(secrets) not in notes:
+        raise Equivocation(
+            f"the roster holds another note of guardian {secrets.guardian} than the one made here",
+            hint="a copy of this guardian is running, or it was restored: stop both, then start a new epoch",
+        )
 
 
 def epoch_ctx(contract_digest: bytes, epoch: int, roster_bytes: bytes) -> bytes:
@@ -169,16 +206,16 @@ def pair_secrets(
     """s_ij for every peer j = Extract(salt = epoch_ctx, ikm = X25519 ‖ r_min,max ‖ r_max,min).
 
     Args:
-        documents: every member's signed PairSeeds by silo id; this silo's own may be missing.
+        documents: the signed PairSeeds of every silo of E by id; this silo's own may be missing.
 
     Raises:
         TrustError: one is missing, not signed in this epoch by its member, incomplete, or does not open.
         Equivocation: as ``seal_seeds``.
     """
     private = X25519PrivateKey.from_private_bytes(secrets.dh_private)
-    i, result = secrets.silo, {}
+    i, result, silos = secrets.silo, {}, [note.silo for note in notes]
     for j, note in _peers(secrets, notes).items():
-        theirs = _seed_for(secrets, j, documents, accepted=accepted, context=context)
+        theirs = _seed_for(secrets, j, silos, documents, accepted=accepted, context=context)
         ours = _own_seed(secrets, j, context)
         shared = private.exchange(X25519PublicKey.from_public_bytes(note.dh_key))
         result[j] = extract(context, shared + (ours + theirs if i < j else theirs + ours))
@@ -195,29 +232,37 @@ def confirmation(secrets: EpochSecrets, pairs: Mapping[int, bytes]) -> Confirmat
 
 
 def check_confirmations(
-    documents: Mapping[int, bytes], *, accepted: Accepted, context: bytes, epoch: int, own: Confirmation | None = None
+    documents: Mapping[int, bytes],
+    *,
+    accepted: Accepted,
+    context: bytes,
+    epoch: int,
+    own: Confirmation | None = None,
+    silos: Sequence[int] | None = None,
 ) -> None:
     """Return if all pairs of silos hold the same secret and all signed this epoch_ctx: the epoch may start.
 
     Args:
-        documents: every member's signed Confirmation by silo id.
+        documents: the signed Confirmation of every silo of E by id.
         own: this silo's own, which must be among them; None for the aggregator.
+        silos: E, ascending; None for all members.
 
     Raises:
         TrustError: one is missing or not its member's in this epoch; or pairs disagree, all of them named.
     """
     tags: dict[int, dict[int, bytes]] = {}
-    for member in accepted.terms.member:
+    everybody = [member.id for member in accepted.terms.member] if silos is None else list(silos)
+    for member in map(accepted.terms.by_id, everybody):
         raw = _required(documents, member.id, "confirmation")
         stated = envelope.open_member(raw, Confirmation, type="confirmation", context=context, member=member)
         _check_epoch("confirmation", member.id, stated.epoch, epoch)
         if own is not None and own.silo == member.id and stated != own:
-            raise _refused(f"the confirmation of silo {own.silo} is not the one that this silo made")
-        tags[member.id] = _for_all_peers(stated.tags, member.id, accepted, "confirmation")
+            raise refused(f"the confirmation of silo {own.silo} is not the one that this silo made")
+        tags[member.id] = _for_all_peers(stated.tags, member.id, everybody, "confirmation")
     apart = [(i, j) for i, j in combinations(sorted(tags), 2) if tags[i][j] != tags[j][i]]
     if apart:
         names = ", ".join(f"{i} and {j}" for i, j in apart)
-        raise _refused(f"these silos hold different pair secrets: {names}")
+        raise refused(f"these silos hold different pair secrets: {names}")
 
 
 def _pair(i: int, j: int) -> tuple[bytes, bytes]:
@@ -232,14 +277,16 @@ def _own_seed(secrets: EpochSecrets, peer: int, context: bytes) -> bytes:
     return expand(secrets.pair_root, "gsum/1 seed", context, u32(secrets.silo), u32(peer))
 
 
-def _seed_for(secrets: EpochSecrets, sender: int, documents: Mapping[int, bytes], *, accepted: Accepted, context: bytes) -> bytes:
+def _seed_for(
+    secrets: EpochSecrets, sender: int, silos: Sequence[int], documents: Mapping[int, bytes], *, accepted: Accepted, context: bytes
+) -> bytes:
     raw, member = _required(documents, sender, "pair-seeds"), accepted.terms.by_id(sender)
     stated = envelope.open_member(raw, PairSeeds, type="pair-seeds", context=context, member=member)
     _check_epoch("pair-seeds", sender, stated.epoch, secrets.epoch)
-    sealed = _for_all_peers(stated.sealed, sender, accepted, "pair-seeds")[secrets.silo]
+    sealed = _for_all_peers(stated.sealed, sender, silos, "pair-seeds")[secrets.silo]
     seed = envelope.open_sealed(secrets.seal_seed, sealed, info=_seed_info(context, sender, secrets.silo))
     if len(seed) != 32:
-        raise _refused(f"silo {sender} sealed a pair seed of {len(seed)} bytes, not 32")
+        raise refused(f"silo {sender} sealed a pair seed of {len(seed)} bytes, not 32")
     return seed
 
 
@@ -253,61 +300,19 @@ def _peers(secrets: EpochSecrets, notes: Sequence[EpochNote]) -> dict[int, Epoch
     return by_silo
 
 
-def _for_all_peers(entries: Sequence[tuple[int, bytes]], silo: int, accepted: Accepted, what: str) -> dict[int, bytes]:
-    found, wanted = [peer for peer, _ in entries], [member.id for member in accepted.terms.member if member.id != silo]
+def _for_all_peers(entries: Sequence[tuple[int, bytes]], silo: int, silos: Sequence[int], what: str) -> dict[int, bytes]:
+    found, wanted = [peer for peer, _ in entries], [other for other in silos if other != silo]
     if found != wanted:
-        raise _refused(f"the {what} of silo {silo} names peers {found}, its peers are {wanted}")
+        raise refused(f"the {what} of silo {silo} names peers {found}, its peers are {wanted}")
     return dict(entries)
-
-
-def _check_note(note: EpochNote, roster: Roster) -> None:
-    if note.contract != roster.contract:
-        raise _refused(f"the note of silo {note.silo} is for contract {_short(note.contract)}, not {_short(roster.contract)}")
-    _check_epoch("note", note.silo, note.epoch, roster.epoch)
-    try:
-        keys.load_seal_key(note.seed_key)
-        keys.check_dh_key(note.dh_key)
-    except TrustError as error:
-        raise _refused(f"the epoch keys of silo {note.silo} are unfit: {error.message}") from error
-
-
-def _check_distinct(first: EpochNote, second: EpochNote) -> None:
-    # The two halves of a seed key are compared apart: half a copied key is a copied key.
-    parts = (
-        ("X25519 key", first.dh_key, second.dh_key), ("seed key", first.seed_key[:-32], second.seed_key[:-32]),
-        ("seed key", first.seed_key[-32:], second.seed_key[-32:]),
-    )  # fmt: skip
-    for name, one, other in parts:
-        if one == other:
-            raise _refused(f"silos {first.silo} and {second.silo} posted the same {name}")
-
-
-def _check_basis(notes: Sequence[EpochNote]) -> None:
-    holders: dict[bytes, list[int]] = defaultdict(list)
-    for note in notes:
-        holders[note.basis].append(note.silo)
-    if len(holders) > 1:
-        found = "; ".join(f"silos {silos} have {_short(basis)}" for basis, silos in holders.items())
-        raise TrustError(
-            f"the silos computed different bases (A, B): {found}", code="basis-differs",
-            hint="compare the base model files and library versions of these silos",
-        )
 
 
 def _check_epoch(what: str, silo: int, found: int, wanted: int) -> None:
     if found != wanted:
-        raise _refused(f"the {what} of silo {silo} is for epoch {found}, this is epoch {wanted}")
+        raise refused(f"the {what} of silo {silo} is for epoch {found}, this is epoch {wanted}")
 
 
 def _required(documents: Mapping[int, bytes], silo: int, what: str) -> bytes:
     if silo not in documents:
-        raise _refused(f"the {what} of silo {silo} is missing")
+        raise refused(f"the {what} of silo {silo} is missing")
     return documents[silo]
-
-
-def _refused(what: str) -> TrustError:
-    return TrustError(what, hint="no epoch starts; the named party must look into it, then start a new epoch", code="epoch-refused")
-
-
-def _short(digest: bytes) -> str:
-    return f"{digest.hex()[:16]}…"

@@ -13,233 +13,40 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Literal
+from collections.abc import Sequence
 
 import msgspec
 
 from privacy import grid, ring
+from privacy.contract import (
+    GUARDIANS_FROM,
+    Adapter,
+    Aggregator,
+    Contract,
+    Guardian,
+    Hex32,
+    Member,
+    Model,
+    Name,
+    Positive,
+    Privacy,
+    Signer,
+    Sum,
+    Table,
+    Task,
+    Text,
+    Training,
+)
 from privacy.errors import ConfigError
 from privacy.mechanism import MOST_STEPS, LatticeGaussian
 from privacy.mechanism import adversaries as of_a_sum
+from privacy.shamir import MOST_SHARES
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
-Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
-Unit = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
-Bound = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
-Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
-"""Words that people compare: printable, see ``_check_words``."""
-GUARDIANS_FROM = 2**15
-"""Silos have ids below, guardians above."""
-Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Hex1952 = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{3904})?\Z")]
-Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}\Z")]
-
-
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of the contract's tables: unknown keys are refused."""
-
-
-class Task(Table, frozen=True, kw_only=True):
-    """What is learned. ``labels`` is the public label space; a label's position is its class."""
-
-    kind: Literal["text-classification"] = "text-classification"
-    labels: Annotated[tuple[Text, ...], msgspec.Meta(min_length=2, max_length=4096)]
-    text_pair: bool = False
-    max_length: Annotated[int, msgspec.Meta(ge=4, le=131072)]
-
-
-class Model(Table, frozen=True, kw_only=True):
-    """The frozen base model, pinned by the digest of privacy.base_model."""
-
-    name: Text
-    digest: Hex32
-    hidden_size: Count
-    pooling: Literal["mean", "cls", "last"] = "mean"
-
-
-class Adapter(Table, frozen=True, kw_only=True):
-    """LoRA-SB layers: W + s·B·R·A with r×r R on each of ``modules``, in this order, then the task head.
-
-    ``basis``: where the frozen B and A come from, both public: the base model's own ``weights``, or a ``random`` public seed.
-    """
-
-    rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    modules: tuple[Text, ...]
-    basis: Literal["weights", "random"] = "weights"
-    scale: Positive = 1.0
-    head_scale: Positive = 1.0
-
-
-class Training(Table, frozen=True, kw_only=True):
-    """The update rule (``privacy.update_rule``) and its schedule; rounds is the declared plan T.
-
-    ``joint``: a round is one private step on the union of all silos' records. ``local``: it is ``steps_per_round`` private steps
-    of each silo on its own, and the mean of what they changed; a number that changed by more than ``update_bound`` is cut to it.
-    """
-
-    mode: Literal["joint", "local"] = "joint"
-    rounds: Count
-    steps_per_round: Count = 1
-    update_bound: Bound = 1.0
-    optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: Positive
-    beta1: Unit = 0.9
-    beta2: Unit = 0.99
-    epsilon: Positive = 1e-8
-    momentum: Unit = 0.0
-    warmup_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
-    decay_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
-    final_fraction: Unit = 0.0
-
-
-class Privacy(Table, frozen=True, kw_only=True):
-    """The mechanism (docs/concepts/privacy.md). ``units`` is a rounded public figure per silo, never derived from records."""
-
-    unit: Text = "record"
-    units: Count
-    max_records_per_unit: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
-    sampling_rate: Rate
-    max_grad_norm: Positive
-    noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)]
-    epsilon: Positive
-    delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
-    colluders: Annotated[int, msgspec.Meta(ge=1)] = 1
-    lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
-
-
-class Sum(Table, frozen=True, kw_only=True):
-    """The secure sum (docs/spec/guardian-sum.md).
-
-    ``consent``: every silo signs for every sum that holds its vector, and a silent silo closes the round. ``shares``: guardians
-    hold shares of what unmasks a sum, so that ``dropouts`` silos may be missing and the round still ends with a sum;
-    ``corrupt_guardians`` of them may work against everybody. ``blocks``: a partition of the members; a set is then a union of
-    whole blocks, so that no two sets differ by less than one.
-    """
-
-    protocol: Literal["consent", "shares"] = "consent"
-    dropouts: Annotated[int, msgspec.Meta(ge=0)] = 0
-    corrupt_guardians: Annotated[int, msgspec.Meta(ge=0)] = 0
-    blocks: tuple[tuple[Annotated[int, msgspec.Meta(ge=1, lt=2**15)], ...], ...] = ()
-    ring_bits: Literal[32] = 32
-    max_void_rounds: Annotated[int, msgspec.Meta(ge=0)] = 3
-    deadline_s: Annotated[int, msgspec.Meta(ge=1, le=604800)] = 600
-    two_silos_see_each_other: bool = False
-
-
-class Signer(Table, frozen=True, kw_only=True):
-    """Who signs: an Ed25519 key, and with ``signatures = "ed25519+ml-dsa-65"`` an ML-DSA-65 key beside it. Both must verify."""
-
-    name: Name
-    sign_key: Hex32
-    ml_dsa_key: Hex1952 = ""
-
-    @property
-    def verify_key(self) -> bytes:
-        """The keys as privacy.keys.verify_signature takes them: 32 bytes, or 32 + 1952."""
-        return bytes.fromhex(self.sign_key + self.ml_dsa_key)
-
-
-class Aggregator(Signer, frozen=True, kw_only=True):
-    """The coordinator's identity: its sign keys sign, its X-Wing key receives."""
-
-    seal_key: Hex1216
-
-
-class Member(Signer, frozen=True, kw_only=True):
-    """A silo's public identity, as its own ``identity.pub`` states it."""
-
-    id: Annotated[int, msgspec.Meta(ge=1, lt=GUARDIANS_FROM)]
-    organisation: Text
-
-
-class Guardian(Signer, frozen=True, kw_only=True):
-    """A guardian: a process of one organisation, with ids apart from the silos'. One with a member's keys is part of that silo."""
-
-    id: Annotated[int, msgspec.Meta(gt=GUARDIANS_FROM, lt=2**16)]
-    organisation: Text
-
-
-class Contract(Table, frozen=True, kw_only=True):
-    """One version of a federation's terms; see the module docstring. ``digest`` and ``raw`` come from ``parse``."""
-
-    format: Literal["siloquy/1"]
-    version: Count
-    name: Name
-    previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
-    expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
-    signatures: Literal["ed25519", "ed25519+ml-dsa-65"] = "ed25519"
-    task: Task
-    model: Model
-    adapter: Adapter
-    training: Training
-    privacy: Privacy
-    sum: Sum
-    aggregator: Aggregator
-    member: tuple[Member, ...]
-    guardian: tuple[Guardian, ...] = ()
-
-    @property
-    def silos(self) -> int:
-        """n, the number of members."""
-        return len(self.member)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether silos take their own private steps and send what these changed; otherwise a round is one step of all."""
-        return self.training.mode == "local"
-
-    @property
-    def shared(self) -> bool:
-        """Whether guardians hold shares of what unmasks a sum (share mode); otherwise every silo signs for every sum."""
-        return self.sum.protocol == "shares"
-
-    @property
-    def fewest(self) -> int:
-        """u_min: the fewest silos that are ever summed: n in consent mode, max(3, n - t_d) in share mode."""
-        return max(3, self.silos - self.sum.dropouts) if self.shared else self.silos
-
-    @property
-    def quorum(self) -> int:
-        """q: how many signatures make a certificate, and how many shares a secret: ⌊(H+T)/2⌋+1; in consent mode all silos sign."""
-        return (len(self.guardian) + self.sum.corrupt_guardians) // 2 + 1 if self.shared else self.silos
-
-    @property
-    def summed(self) -> int:
-        """How many silos' vectors a noised lattice sum holds: all n in joint mode, one in local mode."""
-        return 1 if self.is_local else self.silos
-
-    @property
-    def shares(self) -> int:
-        """h: how many noise shares the plan counts on: n - t_d - t_c in joint mode, a silo's own in local mode."""
-        return 1 if self.is_local else self.fewest - self.privacy.colluders
-
-    @property
-    def steps(self) -> int:
-        """Private steps in the whole plan: rounds times steps per round."""
-        return self.training.rounds * self.training.steps_per_round
-
-    @property
-    def dimension(self) -> int:
-        """d: trainable numbers. One r×r matrix per module, then head weight (labels, hidden) and head bias (labels)."""
-        labels = len(self.task.labels)
-        return len(self.adapter.modules) * self.adapter.rank**2 + labels * self.model.hidden_size + labels
-
-    @property
-    def divisor(self) -> float:
-        """D: the public expected number of sampled units in a noised sum: q·units·n, in local mode q·units."""
-        return self.privacy.sampling_rate * self.privacy.units * self.summed
-
-    def by_id(self, silo: int) -> Member:
-        """The member with this id. Raises ConfigError when there is none."""
-        for member in self.member:
-            if member.id == silo:
-                return member
-        raise ConfigError(f"no member has id {silo}", hint="`silo status` lists the members", code="no-such-member", silo=silo)
-
-
-_RESOLVED = msgspec.json.Decoder(Contract)  # before any thread does: see privacy.messages
+__all__ = [
+    "GUARDIANS_FROM", "Accepted", "Adapter", "Aggregator", "Contract", "Guardian", "Hex32", "Member", "Model", "Name", "Positive",
+    "Privacy", "Signer", "Sum", "Table", "Task", "Text", "Training", "adversaries", "mechanism", "parse", "ring_plan",
+    "ring_plan_at", "update_grid",
+]  # fmt: skip
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,7 +70,9 @@ def parse(raw: bytes) -> Accepted:
             f"federation.toml: {error}", hint="compare with the commented draft that `aggregator init` writes", code="contract"
         ) from error
     _check_words(terms)
+    _check_suite(terms)
     _check_members(terms)
+    _check_sum(terms)
     _check_terms(terms)
     return Accepted(terms=terms, raw=raw, digest=hashlib.sha256(raw).digest())
 
@@ -311,20 +120,25 @@ def mechanism(terms: Contract, *, shares: int | None = None, rounds: int | None 
     )
 
 
-def adversaries(terms: Contract) -> dict[str, LatticeGaussian]:
-    """The whole plan as three adversaries see it, by name; see ``privacy.mechanism.adversaries``.
+def adversaries(terms: Contract, *, standing: int | None = None, rounds: int | None = None) -> dict[str, LatticeGaussian]:
+    """The plan as three adversaries see it, by name; see ``privacy.mechanism.adversaries``.
 
     In local mode all three face one silo's noise in full: what a silo releases is private before it is summed.
+
+    Args:
+        standing: how many silos stood in the sums, for rounds that are over; None for the fewest that ever do.
+        rounds: how many rounds; None for the whole plan.
     """
+    event = mechanism(terms, rounds=rounds)
     if terms.is_local:
-        return dict.fromkeys(("outside", "insiders", "sum_broken"), mechanism(terms))
-    return of_a_sum(mechanism(terms), silos=terms.fewest, colluders=terms.privacy.colluders)
+        return dict.fromkeys(("outside", "insiders", "sum_broken"), event)
+    return of_a_sum(event, silos=terms.fewest if standing is None else standing, colluders=terms.privacy.colluders)
 
 
 def _check_words(terms: Contract) -> None:
     """Every text in the contract is printable: a line break or an escape code could forge what a person compares."""
     words = [terms.model.name, terms.privacy.unit, *terms.task.labels, *terms.adapter.modules]
-    words += [member.organisation for member in terms.member]
+    words += [member.organisation for member in terms.member] + [guardian.organisation for guardian in terms.guardian]
     for word in words:
         if not word.isprintable():
             raise _contradiction(f"{word!a:.80} has characters that are not printable", "names and labels are plain words")
@@ -334,10 +148,7 @@ def _check_members(terms: Contract) -> None:
     ids = [member.id for member in terms.member]
     if ids != sorted(set(ids)):
         raise _contradiction("member ids must be distinct and ascending", f"found {ids}")
-    for field in ("name", "sign_key"):
-        values = [getattr(member, field) for member in terms.member]
-        if len(set(values)) != len(values):
-            raise _contradiction(f"two members share one {field}", ", ".join(sorted(values)))
+    _check_apart("members", terms.member, "name", "sign_key", "ml_dsa_key")
     fewest = 2 if terms.sum.two_silos_see_each_other else 3
     if terms.silos < fewest:
         raise _contradiction(f"{terms.silos} members", f"a sum hides nobody below {fewest}")
@@ -347,6 +158,85 @@ def _check_members(terms: Contract) -> None:
         raise _contradiction(f"colluders = {terms.privacy.colluders}, {terms.silos} members", "at least colluders + 2 are needed")
     if terms.silos <= terms.privacy.colluders:
         raise _contradiction(f"colluders = {terms.privacy.colluders} with {terms.silos} members", "no honest noise share is left")
+
+
+def _check_apart(who: str, parties: Sequence[Signer], *fields: str) -> None:
+    for field in fields:
+        values = [value for party in parties if (value := getattr(party, field))]
+        if len(set(values)) != len(values):
+            raise _contradiction(f"two {who} share one {field}", ", ".join(sorted(set(values)))[:200])
+
+
+def _check_sum(terms: Contract) -> None:
+    """Consent mode has nothing of share mode; share mode has guardians, and thresholds at which it hides and ends."""
+    if not terms.shared:
+        given = [name for name in ("dropouts", "corrupt_guardians", "blocks") if getattr(terms.sum, name)]
+        given += ["guardian"] if terms.guardian else []
+        if given:
+            raise _contradiction(f"protocol = consent with {', '.join(given)}", 'these belong to protocol = "shares"')
+        return
+    t_d, t_c = terms.sum.dropouts, terms.privacy.colluders
+    if terms.sum.two_silos_see_each_other:
+        raise _contradiction("two_silos_see_each_other with protocol = shares", "it is for consent mode")
+    if t_d >= terms.silos:
+        raise _contradiction(f"dropouts = {t_d} with {terms.silos} members", "somebody must stay")
+    if terms.fewest < t_c + 2:
+        raise _contradiction(
+            f"a sum of {terms.fewest} silos with colluders = {t_c}", "colluders + 2 must stand in every sum: fewer dropouts"
+        )
+    _check_guardians(terms)
+    _check_blocks(terms)
+
+
+def _check_guardians(terms: Contract) -> None:
+    ids, count, corrupt = [guardian.id for guardian in terms.guardian], len(terms.guardian), terms.sum.corrupt_guardians
+    if ids != sorted(set(ids)):
+        raise _contradiction("guardian ids must be distinct and ascending", f"found {ids}")
+    if not 3 <= count <= MOST_SHARES:
+        raise _contradiction(f"{count} guardians", f"share mode has 3 to {MOST_SHARES}")
+    if corrupt >= count:
+        raise _contradiction(f"corrupt_guardians = {corrupt} of {count}", "one guardian must be honest")
+    _check_apart("guardians", terms.guardian, "name", "sign_key", "ml_dsa_key", "organisation")
+    keys = ("sign_key",) if terms.signatures == "ed25519" else ("sign_key", "ml_dsa_key")
+    for guardian in terms.guardian:
+        if any(getattr(guardian, key) == getattr(terms.aggregator, key) for key in keys):
+            raise _contradiction(f"guardian {guardian.name} has the aggregator's key", "a guardian is another party")
+        for member in terms.member:
+            same = [getattr(guardian, field) == getattr(member, field) for field in ("name", *keys)]
+            if any(same) and not (all(same) and guardian.organisation == member.organisation):
+                raise _contradiction(
+                    f"guardian {guardian.name} and silo {member.name} share a name or a key, and not all of them",
+                    "a guardian that is part of a silo has its name, organisation and keys; another one has none of them",
+                )
+    if terms.silo_guardians and terms.sum.dropouts > count - terms.quorum:
+        raise _contradiction(
+            f"dropouts = {terms.sum.dropouts}, and {count} guardians of which {terms.quorum} are needed",
+            "silos that are guardians drop out as both: at most as many as guardians can be spared",
+        )
+    if terms.silo_guardians and corrupt < terms.privacy.colluders:
+        raise _contradiction(
+            f"corrupt_guardians = {corrupt}, colluders = {terms.privacy.colluders}", "silos that are guardians collude as both"
+        )
+
+
+def _check_blocks(terms: Contract) -> None:
+    if not terms.sum.blocks:
+        return
+    listed = sorted(silo for block in terms.sum.blocks for silo in block)
+    if listed != [member.id for member in terms.member]:
+        raise _contradiction("sum.blocks is no partition of the members", f"found {listed}")
+    least = min(len(block) for block in terms.sum.blocks)
+    if least < terms.fewest:
+        raise _contradiction(f"a block of {least} silos", f"no sum is over fewer than {terms.fewest}")
+
+
+def _check_suite(terms: Contract) -> None:
+    """Every party has exactly the keys of the contract's signature suite: length alone never decides which one is used."""
+    hybrid = terms.signatures != "ed25519"
+    for party in (terms.aggregator, *terms.member, *terms.guardian):
+        if bool(party.ml_dsa_key) != hybrid:
+            has = "an" if party.ml_dsa_key else "no"
+            raise _contradiction(f"{party.name} has {has} ml_dsa_key", f'signatures = "{terms.signatures}"')
 
 
 def _check_terms(terms: Contract) -> None:

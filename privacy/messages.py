@@ -35,9 +35,14 @@ Kind = Literal[
     "epoch", "epoch-note", "guardian-note", "roster", "pair-seeds", "confirmation",
     "manifest", "upload", "list", "freeze", "consent", "endorsement", "certificate", "release", "shares", "close",
     "outcome", "acknowledgement",
+    "checkpoint", "cosignature", "head",
 ]  # fmt: skip
 KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
-AGGREGATOR_KINDS = frozenset({"contract", "epoch", "roster", "manifest", "freeze", "certificate", "outcome"})
+AGGREGATOR_KINDS = frozenset(
+    {"contract", "epoch", "roster", "manifest", "freeze", "certificate", "outcome", "checkpoint", "head"}
+)
+NOTE_KINDS = frozenset({"checkpoint", "cosignature", "head"})
+"""Kinds whose documents are signed notes about the log (privacy.log) and not ``Signed``; they are no leaves of it."""
 
 
 class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -56,10 +61,15 @@ class Signed(Wire, frozen=True, kw_only=True):
 
 
 class Countersignature(Wire, frozen=True, kw_only=True):
-    """A member's agreement to one contract version. The signature also proves possession of the member's key."""
+    """A member's agreement to one contract version. The signature also proves possession of the member's key.
+
+    ``former``: where the member has another key than in the version before, the signature of the old one over this same agreement
+    with ``former`` empty (privacy.chain); empty when it was lost, and where nothing changed.
+    """
 
     contract: Digest
     member: SiloId
+    former: Annotated[bytes, msgspec.Meta(max_length=3373)] = b""
 
 
 class EpochCall(Wire, frozen=True, kw_only=True):
@@ -185,14 +195,15 @@ class Listing(Wire, frozen=True, kw_only=True):
 class Freeze(Wire, frozen=True, kw_only=True):
     """The set U that the aggregator proposes: signed headers by ascending silo, in consent mode of every member.
 
-    In share mode ``lists`` are the q signed lists that U rests on, by ascending guardian, and ``left_out`` says of every other silo
-    of the epoch why it is not in U.
+    In share mode ``lists`` are the q signed lists that U rests on, by ascending guardian, ``headers`` are all those that stand in
+    every one of them, and ``left_out`` says of every silo of the epoch outside U why it is not in U. So everybody computes U
+    again from this document alone.
     """
 
     round_ctx: Digest
     headers: tuple[bytes, ...]
     lists: tuple[bytes, ...] = ()
-    left_out: tuple[tuple[SiloId, Literal["absent", "unlisted", "mismatch"]], ...] = ()
+    left_out: tuple[tuple[SiloId, Literal["absent", "unlisted", "mismatch", "block"]], ...] = ()
 
 
 class Consent(Wire, frozen=True, kw_only=True):

@@ -6,7 +6,8 @@ out a model of its own making. Only elementwise +, −, ×, ÷ and ``np.sqrt`` o
 IEEE 754 fixes their results to the bit. No ``**``, exp, cos, sum, mean, dot, norm or einsum: libraries differ there.
 Adam's powers of beta are state, multiplied once per round, for the same reason.
 
-The expression tree, with S the integer sum, γ = C / 2^p, D the contract's public divisor and t rounds applied so far::
+The expression tree, with S the integer sum over the silos U, γ = C / 2^p, D the contract's public divisor for |U| silos and t
+rounds applied so far. |U| is public and certified; where it is not given, all n silos stand in the sum::
 
     g     = (S × γ) ÷ D
     sgd   m ← (m × momentum) + g                     θ ← θ − (lr_t × m)
@@ -16,10 +17,10 @@ The expression tree, with S the integer sum, γ = C / 2^p, D the contract's publ
     lr_t  = lr × (t + 1) ÷ warmup while t < warmup; over the last ``decay_rounds`` of the plan it falls linearly,
             lr × (f + ((1 − f) × (left ÷ decay))) with left = rounds − t and f = final_fraction; otherwise lr
 
-In local mode the sum is one of changes of the model, on a grid of width γ = update_bound / clamp, and n silos take their mean;
-the moments of the shared state stay zero::
+In local mode the sum is one of changes of the model, on a grid of width γ = update_bound / clamp, and its silos take their
+mean; the moments of the shared state stay zero::
 
-    θ ← θ + ((S × γ) ÷ n)
+    θ ← θ + ((S × γ) ÷ |U|)
 
 A silo's own steps follow the first tree, with moments of its own, D = q·units, and t the rounds applied to the shared state.
 
@@ -87,45 +88,63 @@ def initial(terms: Contract) -> State:
     return State(applied=0, beta1_power=1.0, beta2_power=1.0, theta=zeros, first_moment=zeros.copy(), second_moment=zeros.copy())
 
 
-def accepts(total: NDArray[np.int64], terms: Contract) -> bool:
-    """Whether a sum is within what n silos can reach, clamped sums with noise or changes; outside it the state does not move."""
-    plan = ring_plan(terms)
-    bound = plan.clamp * terms.silos + plan.headroom
+def accepts(total: NDArray[np.int64], terms: Contract, *, silos: int | None = None) -> bool:
+    """Whether a sum is within what its ``silos`` can reach, clamped sums with noise or changes; outside it nothing moves.
+
+    Raises:
+        RoundError: a sum of so many silos is none of this contract.
+    """
+    plan, standing = ring_plan(terms), _standing(terms, silos)
+    bound = plan.clamp * standing + plan.headroom
     if terms.training.mode == "local":
-        bound = update_grid(terms).clamp * terms.silos
+        bound = update_grid(terms).clamp * standing
     return bool(np.all(total <= bound) and np.all(total >= -bound))
 
 
-def advance(state: State, total: NDArray[np.int64], terms: Contract) -> State:
+def advance(state: State, total: NDArray[np.int64], terms: Contract, *, silos: int | None = None) -> State:
     """The state after one more result; see the module docstring for the exact expression tree.
 
     Args:
         total: (d,) the lifted integer sum of the round.
+        silos: how many silos stand in it, |U|; None for all.
 
     Raises:
         MachineError: this machine's floating point is not IEEE 754 (denormals off, or a known answer missed).
-        RoundError: the next state would not be finite; the old one stands.
+        RoundError: the next state would not be finite, or a sum of so many silos is none of this contract; the old one stands.
     """
     if terms.training.mode == "joint":
-        return step(state, total, terms, applied=state.applied)
+        return step(state, total, terms, applied=state.applied, silos=silos)
     self_check()
-    mean = (total.astype(np.float64) * update_grid(terms).step) / float(terms.silos)
+    mean = (total.astype(np.float64) * update_grid(terms).step) / float(_standing(terms, silos))
     return _finite(msgspec.structs.replace(state, applied=state.applied + 1, theta=state.theta + mean))
 
 
-def step(state: State, total: NDArray[np.int64], terms: Contract, *, applied: int) -> State:
+def step(state: State, total: NDArray[np.int64], terms: Contract, *, applied: int, silos: int | None = None) -> State:
     """The model and optimiser after one private step: of all silos in joint mode, of one silo on its own in local mode.
 
     Args:
         total: (d,) the lifted, noised integer sum of the step.
         applied: results applied to the shared state, by which the learning rate's schedule goes.
+        silos: as in ``advance``; in local mode a step is of one silo whatever it says.
 
     Raises:
         As ``advance``.
     """
     self_check()
-    rate = learning_rate(terms.training, applied)
-    return _advance(state, total, terms.training, ring_plan(terms).lattice_bits, terms.privacy.max_grad_norm, terms.divisor, rate)
+    rate, divisor = learning_rate(terms.training, applied), terms.divisor_for(_standing(terms, silos))
+    return _advance(state, total, terms.training, ring_plan(terms).lattice_bits, terms.privacy.max_grad_norm, divisor, rate)
+
+
+def _standing(terms: Contract, silos: int | None) -> int:
+    """|U|, held to what the contract lets anybody sum."""
+    if silos is None:
+        return terms.silos
+    if not terms.fewest <= silos <= terms.silos:
+        raise RoundError(
+            f"a sum of {silos} silos; under this contract {terms.fewest} to {terms.silos} stand in one",
+            hint="stop, and keep the outcome as evidence", code="silos-in-sum", found=silos,
+        )
+    return silos
 
 
 def _advance(

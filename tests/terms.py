@@ -35,6 +35,8 @@ def contract_bytes(
     sign_keys: list[str] | None = None,
     aggregator_key: str | None = None,
     seal_key: str = "00" * 1216,
+    ml_dsa_keys: list[str] | None = None,
+    aggregator_ml_dsa_key: str = "",
     **changes: Any,
 ) -> bytes:
     """TOML of a valid contract. ``privacy={"sampling_rate": 0.5}`` changes single values; ``None`` drops a key."""
@@ -45,6 +47,7 @@ def contract_bytes(
     for name, values in tables.items():
         lines += ["", f"[{name}]"] + [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
     lines += ["", "[aggregator]", 'name = "hub"', f'sign_key = "{aggregator_key or public(100)}"', f'seal_key = "{seal_key}"']
+    lines += [f'ml_dsa_key = "{aggregator_ml_dsa_key}"'] if aggregator_ml_dsa_key else []
     for index, key in enumerate(keys, start=1):
         lines += [
             "",
@@ -53,6 +56,7 @@ def contract_bytes(
             f'name = "silo-{index}"',
             f'organisation = "Hospital {index}"',
             f"sign_key = {_toml(key)}",
+            *([f'ml_dsa_key = "{ml_dsa_keys[index - 1]}"'] if ml_dsa_keys else []),
         ]
     return ("\n".join(lines) + "\n").encode()
 

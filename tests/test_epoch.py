@@ -237,7 +237,7 @@ def test_one_key_for_two_silos_is_refused_by_name(part: str) -> None:
         "curve half": {"seed_key": second.seed_key[:1184] + first.seed_key[1184:]},
     }[part]  # fmt: skip
     replace_note(setup, 2, **copied)
-    with pytest.raises(TrustError, match="silos 1 and 2 posted the same"):
+    with pytest.raises(TrustError, match="silo 1 and silo 2 posted the same"):
         setup.freeze_roster()
 
 
@@ -408,3 +408,141 @@ def test_randomness_comes_from_the_argument_and_is_used_once() -> None:
     assert asked == [16, 32, 32, 32]
     assert len({secrets.seal_seed, secrets.dh_private, secrets.pair_root}) == 3
     assert note == epoch.note_of(secrets)
+
+
+# --- share mode: the silos that came, and all guardians ---------------------------------------------------------------
+
+
+def test_an_epoch_of_share_mode_has_the_silos_that_came() -> None:
+    from tests.sharing import an_epoch
+
+    setup = an_epoch(present=(1, 3, 4))
+    notes = epoch.check_roster(setup.roster, setup.accepted)
+    assert [note.silo for note in notes] == [1, 3, 4]
+    for i, j in combinations(setup.parties, 2):
+        assert setup.parties[i].pairs[j] == setup.parties[j].pairs[i]
+    assert all(set(party.pairs) == {1, 3, 4} - {i} for i, party in setup.parties.items())
+    stated = {i: epoch.confirmation(p.secrets, p.pairs) for i, p in setup.parties.items()}
+    tags = {
+        i: sign(p.identity, type="confirmation", context=setup.context, sender=i, body=encode(stated[i]))
+        for i, p in setup.parties.items()
+    }
+    place = {"accepted": setup.accepted, "context": setup.context, "epoch": 1}
+    epoch.check_confirmations(tags, silos=(1, 3, 4), **place)
+    with pytest.raises(TrustError, match="confirmation of silo 3 is missing"):
+        epoch.check_confirmations({i: tags[i] for i in (1, 4)}, silos=(1, 3, 4), **place)
+    with pytest.raises(TrustError, match=r"names peers \[3, 4\], its peers are \[2, 3, 4, 5\]"):
+        epoch.check_confirmations({**tags, 2: tags[1], 5: tags[1]}, **place)
+
+
+def shared_roster(silos: tuple[int, ...] = (1, 2, 3, 4, 5), **changes):
+    """(accepted, roster) of share mode with five silos and five guardians; ``changes`` replace the roster's fields."""
+    from tests.sharing import build_epoch, share_terms
+
+    setup = build_epoch(federation.parse(share_terms()), silos)
+    roster = setup.roster
+    fields = {name: getattr(roster, name) for name in Roster.__struct_fields__}
+    return setup, Roster(**{**fields, **{name: change(fields[name]) for name, change in changes.items()}})
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"notes": lambda notes: notes[:2]}, "notes of 2 silos, at least 3 are needed"),
+    ({"notes": lambda notes: ()}, "notes of 0 silos"),
+    ({"notes": lambda notes: (notes[1], notes[0], notes[2])}, r"notes of silos \[2, 1, 3\], wanted members"),
+    ({"notes": lambda notes: (notes[0], notes[0], notes[2])}, r"notes of silos \[1, 1, 3\]"),
+    ({"guardians": lambda notes: notes[:3]}, "3 guardian notes, at least 4 are needed"),
+    ({"guardians": lambda notes: ()}, "0 guardian notes, at least 4"),
+    ({"guardians": lambda notes: (notes[1], notes[0], *notes[2:])}, r"notes of guardians \[32770, 32769"),
+    ({"guardians": lambda notes: (notes[0], notes[0], *notes[2:])}, r"notes of guardians \[32769, 32769"),
+    ({"contract": lambda digest: bytes(32)}, "the roster is for contract"),
+    ({"epoch": lambda number: 2}, "note of silo 1 is for epoch 1, this is epoch 2"),
+])  # fmt: skip
+def test_a_roster_of_share_mode_is_refused_by_name(changes: dict, match: str) -> None:
+    setup, roster = shared_roster(**changes)
+    with pytest.raises(TrustError, match=match):
+        epoch.check_roster(roster, setup.accepted)
+
+
+def test_a_stranger_is_in_no_roster() -> None:
+    setup, roster = shared_roster()
+    stranger = make_party(9, setup.accepted).note
+    with pytest.raises(TrustError, match=r"wanted members"):
+        epoch.check_roster(Roster(contract=roster.contract, epoch=1, notes=(*roster.notes, stranger), guardians=roster.guardians),
+                           setup.accepted)  # fmt: skip
+
+
+def guardian_note(setup, of: int, **changes) -> bytes:
+    from privacy.messages import GuardianNote
+
+    guard = setup.guards[of]
+    made = epoch.guardian_note_of(guard.secrets)
+    note = GuardianNote(**{**{name: getattr(made, name) for name in GuardianNote.__struct_fields__}, **changes})
+    return sign(guard.identity, type="guardian-note", context=setup.accepted.digest, sender=of, body=encode(note))
+
+
+def test_a_guardians_note_is_held_to_contract_epoch_and_key() -> None:
+    setup, roster = shared_roster()
+    first, second = (epoch.guardian_note_of(setup.guards[g].secrets) for g in (32769, 32770))
+    silo = epoch.note_of(setup.parties[1].secrets)
+    for changes, match in (
+        ({"contract": bytes(32)}, "note of guardian 32769 is for contract"),
+        ({"epoch": 2}, "note of guardian 32769 is for epoch 2"),
+        ({"guardian": 32770}, "says it is of guardian 32770"), ({"guardian_key": bytes(1216)}, "keys of guardian 32769 are unfit"),
+        ({"guardian_key": second.guardian_key}, "guardian 32769 and guardian 32770 posted the same seed key"),
+        ({"guardian_key": first.guardian_key[:-32] + second.guardian_key[-32:]}, "32769 and guardian 32770 posted the same"),
+        ({"guardian_key": silo.seed_key}, "silo 1 and guardian 32769 posted the same seed key"),
+        ({"guardian_key": silo.seed_key[:-32] + first.guardian_key[-32:]}, "silo 1 and guardian 32769 posted the same seed key"),
+    ):  # fmt: skip
+        notes = (guardian_note(setup, 32769, **changes), *roster.guardians[1:])
+        bent = Roster(contract=roster.contract, epoch=1, notes=roster.notes, guardians=notes)
+        with pytest.raises(TrustError, match=match):
+            epoch.check_roster(bent, setup.accepted)
+
+
+def test_a_roster_of_consent_mode_has_no_guardians() -> None:
+    setup = before_roster()
+    notes = tuple(party.note for party in setup.parties.values())
+    shared, _ = shared_roster()
+    for extra in (b"x", shared.roster.guardians[0]):
+        with pytest.raises(TrustError, match=r"malformed|wanted guardians of the contract"):
+            epoch.check_roster(Roster(contract=setup.accepted.digest, epoch=1, notes=notes, guardians=(extra,)), setup.accepted)
+
+
+def test_an_epoch_of_share_mode_has_q_guardians_at_least() -> None:
+    setup, roster = shared_roster(guardians=lambda notes: (notes[0], *notes[2:]))
+    assert [note.guardian for note in epoch.guardian_notes(roster, setup.accepted)] == [32769, 32771, 32772, 32773]
+    assert [note.silo for note in epoch.check_roster(roster, setup.accepted)] == [1, 2, 3, 4, 5]
+    stranger = guardian_note(setup, 32770, guardian=40000)
+    fields = {"contract": roster.contract, "epoch": 1, "notes": roster.notes}
+    for bad in (make_party(1, setup.accepted).note, stranger):
+        with pytest.raises(TrustError, match=r"wanted guardians of the contract|says it is of guardian"):
+            epoch.check_roster(Roster(guardians=tuple(sorted((*roster.guardians[1:], bad))), **fields), setup.accepted)
+
+
+def test_a_guardian_finds_its_own_note_in_the_roster_or_stops() -> None:
+    setup, roster = shared_roster()
+    notes = epoch.guardian_notes(roster, setup.accepted)
+    assert [note.guardian for note in notes] == [32769, 32770, 32771, 32772, 32773]
+    epoch.check_own_guardian(setup.guards[32771].secrets, notes)
+    other, _ = epoch.new_guardian_note(setup.accepted.digest, 1, 32771)
+    with pytest.raises(Equivocation, match="another note of guardian 32771"):
+        epoch.check_own_guardian(other, notes)
+
+
+def test_a_guardians_secrets_read_back_strictly_and_show_nothing() -> None:
+    asked: list[int] = []
+
+    def counted(size: int) -> bytes:
+        asked.append(size)
+        return bytes([len(asked)]) * size
+
+    secrets, note = epoch.new_guardian_note(b"c" * 32, 3, 32769, random=counted)
+    assert asked == [16, 32]
+    assert note == epoch.guardian_note_of(secrets)
+    assert (note.epoch, note.guardian, note.guardian_key) == (3, 32769, keys.seal_public_key(secrets.seal_seed))
+    raw = secrets.to_bytes()
+    assert epoch.GuardianSecrets.from_bytes(raw) == secrets
+    assert secrets.seal_seed.hex() not in repr(secrets)
+    for bad in (b"", raw[:-1], raw + b"\0"):
+        with pytest.raises(TrustError, match="malformed"):
+            epoch.GuardianSecrets.from_bytes(bad)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.merkle import LEAF_BYTES, root, root_of_leaves
+from tests import by_the_page
 
 # certificate-transparency, merkletree/merkle_tree_test.cc: the same eight leaves and the roots of their prefixes.
 LEAVES = [bytes.fromhex(text) for text in (
@@ -70,3 +72,9 @@ def test_every_bit_counts(data: bytes, place: int) -> None:
 def test_a_leaf_is_not_a_node() -> None:
     left, right = hashlib.sha256(b"\0a").digest(), hashlib.sha256(b"\0b").digest()
     assert root_of_leaves([b"a", b"b"]) != root_of_leaves([left + right])
+
+
+@pytest.mark.parametrize("leaves", [15, 16, 17, 33, 100])
+def test_leaves_hashed_in_threads_give_the_definition(leaves):
+    data = os.urandom(LEAF_BYTES * (leaves - 1) + 1)
+    assert root(data) == by_the_page.root([data[i : i + LEAF_BYTES] for i in range(0, len(data), LEAF_BYTES)])

@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from privacy import prg
 from privacy.errors import PrivacyRefusal, SiloquyError
-from privacy.prg import SEGMENT_WORDS, Keystream, Randomness, add_stream, stream
+from privacy.prg import SEGMENT_WORDS, Keystream, Randomness, add_stream, add_streams, stream
 
 KEY = bytes(range(32))
 lengths = st.one_of(st.integers(0, 40), st.integers(SEGMENT_WORDS - 3, SEGMENT_WORDS + 3), st.just(2 * SEGMENT_WORDS + 1))
@@ -93,6 +94,53 @@ def test_add_stream_adds_the_same_stream_and_cancels(count, key, sign):
     assert np.array_equal(target, start + stream(key, count) if sign == 1 else start - stream(key, count))
     add_stream(target, key, -sign)
     assert np.array_equal(target, start)
+
+
+signed_keys = st.lists(st.tuples(st.binary(min_size=32, max_size=32), st.sampled_from([1, -1])), max_size=5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths, signed_keys, st.sampled_from([None, 1, 2, 3]))
+def test_add_streams_adds_the_same_streams_and_cancels_with_any_number_of_threads(count, signed, threads):
+    start = stream(KEY, count)
+    target = start.copy()
+    add_streams(target, iter(signed), threads=threads)
+    expected = start.copy()
+    for key, sign in signed:
+        expected = expected + stream(key, count) if sign == 1 else expected - stream(key, count)
+    assert np.array_equal(target, expected)
+    add_streams(target, [(key, -sign) for key, sign in reversed(signed)], threads=threads)
+    assert np.array_equal(target, start)
+
+
+def test_add_streams_is_all_or_nothing():
+    target = np.zeros(SEGMENT_WORDS + 1, "<u4")
+    for wrong in ((KEY[:31], 1), (KEY, 0), (KEY, 2), (bytearray(KEY), 1)):
+        with pytest.raises(SiloquyError):
+            add_streams(target, [(KEY, 1), wrong])
+        assert not target.any()
+
+
+def test_add_streams_shares_long_work_among_the_processors_it_may_use(monkeypatch):
+    if not hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    allowed = len(os.sched_getaffinity(0))
+    assert (prg._workers(prg._THREAD_WORDS - 1), prg._workers(prg._THREAD_WORDS)) == (1, allowed)
+    monkeypatch.setattr(prg, "_THREAD_WORDS", 1)
+    target = np.zeros(3 * SEGMENT_WORDS + 7, "<u4")
+    add_streams(target, [(KEY, 1)])
+    assert np.array_equal(target, stream(KEY, target.size))
+
+
+def test_add_streams_needs_no_memory_that_grows_with_the_vector_or_the_keys():
+    target, peaks = np.zeros(8 * SEGMENT_WORDS, "<u4"), []
+    for part, keys in ((target[: 2 * SEGMENT_WORDS], 2), (target, 40)):
+        signed = [(bytes([i]) * 32, 1) for i in range(keys)]
+        tracemalloc.start()
+        add_streams(part, signed, threads=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 1 << 20
 
 
 def test_different_keys_are_uncorrelated():

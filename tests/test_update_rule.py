@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from privacy import federation, update_rule
 from privacy.errors import RoundError, TrustError
+from tests.sharing import share_terms
 from tests.terms import contract_bytes
 
 
@@ -145,6 +146,56 @@ def test_a_silos_own_step_is_the_joint_rule_at_the_shared_states_place_in_the_sc
         expected = update_rule.advance(expected, each, joint)
     assert state.digest == expected.digest
     assert state.applied == 2
+
+
+@pytest.mark.parametrize("standing", [3, 4, 5])
+def test_a_sum_of_fewer_silos_is_divided_by_them(standing: int) -> None:
+    """Joint: D = q·units·|U|; the same total over n silos gives another step. Local: the mean over |U|."""
+    sgd = {"optimizer": "sgd"}
+    joint = federation.parse(share_terms(5, 5, training=sgd)).terms
+    total = np.arange(joint.dimension, dtype=np.int64) * 1_000_003
+    state = update_rule.advance(update_rule.initial(joint), total, joint, silos=standing)
+    t, p = joint.training, joint.privacy
+    g = (float(total[7]) * (p.max_grad_norm / float(2**p.lattice_bits))) / (p.sampling_rate * p.units * standing)
+    assert state.theta[7] == 0.0 - t.learning_rate * (0.0 * t.momentum + g)
+    alone = federation.parse(share_terms(5, 5, training={"mode": "local", "update_bound": 0.3})).terms
+    state = update_rule.advance(update_rule.initial(alone), total, alone, silos=standing)
+    assert state.theta[7] == 0.0 + (float(total[7]) * federation.update_grid(alone).step) / float(standing)
+
+
+def test_all_silos_stand_in_a_sum_unless_it_is_said() -> None:
+    terms = federation.parse(share_terms(5, 5)).terms
+    total = np.arange(terms.dimension, dtype=np.int64)
+    start = update_rule.initial(terms)
+    assert update_rule.advance(start, total, terms).digest == update_rule.advance(start, total, terms, silos=5).digest
+    assert update_rule.advance(start, total, terms).digest != update_rule.advance(start, total, terms, silos=4).digest
+
+
+@pytest.mark.parametrize("mode", ["joint", "local"])
+def test_what_fewer_silos_can_reach_is_less(mode: str) -> None:
+    terms = federation.parse(share_terms(5, 5, training={"mode": mode})).terms
+    plan = federation.ring_plan(terms)
+    each, room = (plan.clamp, plan.headroom) if mode == "joint" else (federation.update_grid(terms).clamp, 0)
+    total = np.zeros(terms.dimension, dtype=np.int64)
+    for standing in (3, 4, 5):
+        for sign in (1, -1):
+            total[0] = sign * (each * standing + room)
+            assert update_rule.accepts(total, terms, silos=standing)
+            total[0] += sign
+            assert not update_rule.accepts(total, terms, silos=standing)
+
+
+@pytest.mark.parametrize("standing", [0, 2, 6, -1])
+def test_a_sum_of_more_or_fewer_silos_than_the_contract_lets_anybody_sum_is_refused(standing: int) -> None:
+    for mode in ("joint", "local"):
+        terms = federation.parse(share_terms(5, 5, training={"mode": mode})).terms
+        total = np.zeros(terms.dimension, dtype=np.int64)
+        for call in (
+            lambda: update_rule.accepts(total, terms, silos=standing),  # noqa: B023
+            lambda: update_rule.advance(update_rule.initial(terms), total, terms, silos=standing),  # noqa: B023
+        ):
+            with pytest.raises(RoundError, match=f"a sum of {standing} silos; under this contract 3 to 5"):
+                call()
 
 
 def test_this_machine_reaches_the_known_answer() -> None:

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a contract, and what follows from their numbers alone: counts, thresholds, who is who.
+
+``privacy.federation.parse`` makes a ``Contract`` and holds it to every rule that needs no other file; one that was made in
+another way promises nothing. Not here: any arithmetic of noise or rings (``privacy.federation``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from privacy.errors import ConfigError
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
+Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+Unit = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+Bound = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+"""Words that people compare: printable, see ``_check_words``."""
+GUARDIANS_FROM = 2**15
+"""Silos have ids below, guardians above."""
+Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Hex1952 = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{3904})?\Z")]
+Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}\Z")]
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the contract's tables: unknown keys are refused."""
+
+
+class Task(Table, frozen=True, kw_only=True):
+    """What is learned. ``labels`` is the public label space; a label's position is its class."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    labels: Annotated[tuple[Text, ...], msgspec.Meta(min_length=2, max_length=4096)]
+    text_pair: bool = False
+    max_length: Annotated[int, msgspec.Meta(ge=4, le=131072)]
+
+
+class Model(Table, frozen=True, kw_only=True):
+    """The frozen base model, pinned by the digest of privacy.base_model."""
+
+    name: Text
+    digest: Hex32
+    hidden_size: Count
+    pooling: Literal["mean", "cls", "last"] = "mean"
+
+
+class Adapter(Table, frozen=True, kw_only=True):
+    """LoRA-SB layers: W + s·B·R·A with r×r R on each of ``modules``, in this order, then the task head.
+
+    ``basis``: where the frozen B and A come from, both public: the base model's own ``weights``, or a ``random`` public seed.
+    """
+
+    rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    modules: tuple[Text, ...]
+    basis: Literal["weights", "random"] = "weights"
+    scale: Positive = 1.0
+    head_scale: Positive = 1.0
+
+
+class Training(Table, frozen=True, kw_only=True):
+    """The update rule (``privacy.update_rule``) and its schedule; rounds is the declared plan T.
+
+    ``joint``: a round is one private step on the union of all silos' records. ``local``: it is ``steps_per_round`` private steps
+    of each silo on its own, and the mean of what they changed; a number that changed by more than ``update_bound`` is cut to it.
+    """
+
+    mode: Literal["joint", "local"] = "joint"
+    rounds: Count
+    steps_per_round: Count = 1
+    update_bound: Bound = 1.0
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: Positive
+    beta1: Unit = 0.9
+    beta2: Unit = 0.99
+    epsilon: Positive = 1e-8
+    momentum: Unit = 0.0
+    warmup_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    decay_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    final_fraction: Unit = 0.0
+
+
+class Privacy(Table, frozen=True, kw_only=True):
+    """The mechanism (docs/concepts/privacy.md). ``units`` is a rounded public figure per silo, never derived from records."""
+
+    unit: Text = "record"
+    units: Count
+    max_records_per_unit: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    sampling_rate: Rate
+    max_grad_norm: Positive
+    noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)]
+    epsilon: Positive
+    delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+    colluders: Annotated[int, msgspec.Meta(ge=1)] = 1
+    lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
+
+
+class Sum(Table, frozen=True, kw_only=True):
+    """The secure sum (docs/spec/guardian-sum.md).
+
+    ``consent``: every silo signs for every sum that holds its vector, and a silent silo closes the round. ``shares``: guardians
+    hold shares of what unmasks a sum, so that ``dropouts`` silos may be missing and the round still ends with a sum;
+    ``corrupt_guardians`` of them may work against everybody. ``blocks``: a partition of the members; a set is then a union of
+    whole blocks, so that no two sets differ by less than one.
+    """
+
+    protocol: Literal["consent", "shares"] = "consent"
+    dropouts: Annotated[int, msgspec.Meta(ge=0)] = 0
+    corrupt_guardians: Annotated[int, msgspec.Meta(ge=0)] = 0
+    blocks: tuple[tuple[Annotated[int, msgspec.Meta(ge=1, lt=2**15)], ...], ...] = ()
+    ring_bits: Literal[32] = 32
+    max_void_rounds: Annotated[int, msgspec.Meta(ge=0)] = 3
+    deadline_s: Annotated[int, msgspec.Meta(ge=1, le=604800)] = 600
+    two_silos_see_each_other: bool = False
+
+
+class Signer(Table, frozen=True, kw_only=True):
+    """Who signs: an Ed25519 key, and with ``signatures = "ed25519+ml-dsa-65"`` an ML-DSA-65 key beside it. Both must verify."""
+
+    name: Name
+    sign_key: Hex32
+    ml_dsa_key: Hex1952 = ""
+
+    @property
+    def verify_key(self) -> bytes:
+        """The keys as privacy.keys.verify_signature takes them: 32 bytes, or 32 + 1952."""
+        return bytes.fromhex(self.sign_key + self.ml_dsa_key)
+
+
+class Aggregator(Signer, frozen=True, kw_only=True):
+    """The coordinator's identity: its sign keys sign, its X-Wing key receives."""
+
+    seal_key: Hex1216
+
+
+class Member(Signer, frozen=True, kw_only=True):
+    """A silo's public identity, as its own ``identity.pub`` states it."""
+
+    id: Annotated[int, msgspec.Meta(ge=1, lt=GUARDIANS_FROM)]
+    organisation: Text
+
+
+class Guardian(Signer, frozen=True, kw_only=True):
+    """A guardian: a process of one organisation, with ids apart from the silos'. One with a member's keys is part of that silo."""
+
+    id: Annotated[int, msgspec.Meta(gt=GUARDIANS_FROM, lt=2**16)]
+    organisation: Text
+
+
+class Contract(Table, frozen=True, kw_only=True):
+    """One version of a federation's terms; see the module docstring. ``digest`` and ``raw`` come from ``parse``."""
+
+    format: Literal["siloquy/1"]
+    version: Count
+    name: Name
+    previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
+    signatures: Literal["ed25519", "ed25519+ml-dsa-65"] = "ed25519"
+    task: Task
+    model: Model
+    adapter: Adapter
+    training: Training
+    privacy: Privacy
+    sum: Sum
+    aggregator: Aggregator
+    member: tuple[Member, ...]
+    guardian: tuple[Guardian, ...] = ()
+
+    @property
+    def silos(self) -> int:
+        """n, the number of members."""
+        return len(self.member)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether silos take their own private steps and send what these changed; otherwise a round is one step of all."""
+        return self.training.mode == "local"
+
+    @property
+    def shared(self) -> bool:
+        """Whether guardians hold shares of what unmasks a sum (share mode); otherwise every silo signs for every sum."""
+        return self.sum.protocol == "shares"
+
+    @property
+    def fewest(self) -> int:
+        """u_min: the fewest silos that are ever summed: n in consent mode, max(3, n - t_d) in share mode."""
+        return max(3, self.silos - self.sum.dropouts) if self.shared else self.silos
+
+    @property
+    def quorum(self) -> int:
+        """q: how many signatures make a certificate, and how many shares a secret: ⌊(H+T)/2⌋+1; in consent mode all silos sign."""
+        return (len(self.guardian) + self.sum.corrupt_guardians) // 2 + 1 if self.shared else self.silos
+
+    @property
+    def summed(self) -> int:
+        """How many silos' vectors a noised lattice sum holds: all n in joint mode, one in local mode."""
+        return 1 if self.is_local else self.silos
+
+    @property
+    def shares(self) -> int:
+        """h: how many noise shares the plan counts on: n - t_d - t_c in joint mode, a silo's own in local mode."""
+        return 1 if self.is_local else self.fewest - self.privacy.colluders
+
+    @property
+    def steps(self) -> int:
+        """Private steps in the whole plan: rounds times steps per round."""
+        return self.training.rounds * self.training.steps_per_round
+
+    @property
+    def dimension(self) -> int:
+        """d: trainable numbers. One r×r matrix per module, then head weight (labels, hidden) and head bias (labels)."""
+        labels = len(self.task.labels)
+        return len(self.adapter.modules) * self.adapter.rank**2 + labels * self.model.hidden_size + labels
+
+    @property
+    def divisor(self) -> float:
+        """D when all silos stand in the sum; see ``divisor_for``."""
+        return self.divisor_for(self.silos)
+
+    def divisor_for(self, standing: int) -> float:
+        """D: the public expected number of sampled units in a sum of ``standing`` silos: q·units·|U|, in local mode q·units."""
+        return self.privacy.sampling_rate * self.privacy.units * (1 if self.is_local else standing)
+
+    @property
+    def silo_guardians(self) -> dict[int, Guardian]:
+        """By member id, the guardians that are part of that silo: those with its sign key."""
+        by_key = {member.sign_key: member.id for member in self.member}
+        return {by_key[guardian.sign_key]: guardian for guardian in self.guardian if guardian.sign_key in by_key}
+
+    def by_id(self, silo: int) -> Member:
+        """The member with this id. Raises ConfigError when there is none."""
+        for member in self.member:
+            if member.id == silo:
+                return member
+        raise ConfigError(f"no member has id {silo}", hint="`silo status` lists the members", code="no-such-member", silo=silo)
+
+    def by_guardian(self, guardian: int) -> Guardian:
+        """The guardian with this id. Raises ConfigError when there is none."""
+        return self.guardian[self.position(guardian)]
+
+    def position(self, guardian: int) -> int:
+        """Where the guardian stands among all, from 0: its shares are taken at x = position + 1. Raises ConfigError."""
+        for place, each in enumerate(self.guardian):
+            if each.id == guardian:
+                return place
+        raise ConfigError(
+            f"no guardian has id {guardian}", hint="the contract lists the guardians", code="no-such-guardian", guardian=guardian
+        )
+
+
+_RESOLVED = msgspec.json.Decoder(Contract)  # before any thread does: see privacy.messages
