@@ -6,6 +6,8 @@
     PUT /v1/{kind}/{number}/{party}     201 created, 200 the same bytes again, else a problem
     GET /v1/{kind}/{number}/{party}     200, or 404 after ?wait=seconds (at most 30)
     GET /v1/status                      contract, latest epoch and round: a hint for people
+    GET /log/checkpoint                 the newest head of the transparency log, with its signatures
+    GET /log/tile/…                     its tiles and bundles of leaves, which never change (C2SP tlog-tiles)
     GET /healthz, /readyz               the process runs; the store answers
 
 Promised: this process holds no private key, reads no more of a body than the contract allows for its kind, and says why it
@@ -39,7 +41,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from aggregator.board import Board
-from privacy import files
+from privacy import files, log
 from privacy.errors import Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.messages import KINDS, Kind
 
@@ -48,6 +50,7 @@ POLL_S: Final = 0.025
 BODY_TIMEOUT_S: Final = 300.0
 _MOST_CONNECTIONS: Final = 2048
 _HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+_FOREVER: Final = {**_HEADERS, "cache-control": "public, max-age=31536000, immutable"}
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 _WAIT: Final = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?", re.ASCII)
 
@@ -69,15 +72,19 @@ _STATUS_BY_CODE: Final = {
 Slot = tuple[Kind, int, int]
 
 
-def create_app(board: Board, *, clock: Callable[[], float] = time.monotonic) -> Starlette:
-    """The application over a board. ``clock`` measures how long a long poll has waited; ``app.state.stopping()`` ends them all."""
-    service = _Service(board, clock)
+def create_app(board: Board, log_folder: Path | None = None, *, clock: Callable[[], float] = time.monotonic) -> Starlette:
+    """The application over a board and the folder of the log, which may not be there yet.
+
+    ``clock`` measures how long a long poll has waited; ``app.state.stopping()`` ends them all.
+    """
+    service = _Service(board, log_folder, clock)
     slot = "/v1/{kind}/{number}/{party}"
     app = Starlette(
         routes=[
             Route(slot, service.put, methods=["PUT"]),
             Route(slot, service.get, methods=["GET"]),
             Route("/v1/status", service.status, methods=["GET"]),
+            Route("/log/{path:path}", service.log, methods=["GET"]),
             Route("/healthz", service.healthy, methods=["GET"]),
             Route("/readyz", service.ready, methods=["GET"]),
         ],
@@ -91,8 +98,9 @@ def create_app(board: Board, *, clock: Callable[[], float] = time.monotonic) -> 
 class _Service:
     """The routes; each runs the board's work in a thread, since it verifies signatures and waits for the disk."""
 
-    def __init__(self, board: Board, clock: Callable[[], float]) -> None:
+    def __init__(self, board: Board, log_folder: Path | None, clock: Callable[[], float]) -> None:
         self._board = board
+        self._log_folder = log_folder
         self._clock = clock
 
     async def put(self, request: Request) -> Response:
@@ -111,6 +119,17 @@ class _Service:
             await asyncio.sleep(POLL_S)
         data = await run_in_threadpool(self._board.get, kind, number, party)
         return Response(data, media_type="application/octet-stream", headers=_HEADERS)
+
+    async def log(self, request: Request) -> Response:
+        path = str(request.path_params["path"])
+        if not log.is_resource(path):
+            raise RoundError(f"there is no {path[:80]!a} in a log", hint="checkpoint, or tile/…", code="no-such-route")
+        data = None if self._log_folder is None else await run_in_threadpool(_read, self._log_folder / path)
+        if data is None:
+            raise RoundError(f"the log has no {path} yet", hint="read the checkpoint first", code="not-found")
+        if path == "checkpoint":
+            return Response(data, media_type="text/plain", headers=_HEADERS)
+        return Response(data, media_type="application/octet-stream", headers=_FOREVER)
 
     async def status(self, _request: Request) -> Response:
         return _json(await run_in_threadpool(self._board.status), 200)
@@ -133,6 +152,15 @@ def _slot(request: Request) -> Slot:
                 f"{text[:40]!r} is no number below {most}", hint="plain decimal digits, no leading zero", code="number"
             )
     return cast(Kind, kind), int(number), int(party)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise MachineError(f"cannot read {path.name}: {error.strerror}", hint="mend the folder log/", code="cannot-read") from error
 
 
 def _wait(request: Request) -> float:

@@ -3,8 +3,9 @@
 
 Promised: after ``put_once`` returns, the document is on the disk, its bytes before its row; a slot never changes; ``get``
 gives exactly the bytes that were put, or says which object is damaged. The service and the coordinator, two processes, use
-one store at the same time. Not promised: that a document is genuine (privacy.envelope proves that), nor anything against
-somebody who rewrites the table and the files together.
+one store at the same time. Every document but the log's own gets the next index in the log, in the same transaction as its
+row: without gaps, in the order in which rows become visible, also with two processes. Not promised: that a document is genuine
+(privacy.envelope proves that), nor anything against somebody who rewrites the table and the files together (privacy.log does).
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateTable
 
-from privacy import files
+from privacy import files, log
 from privacy.errors import Equivocation, MachineError, TrustError
+from privacy.log import Leaf
 
 DAMAGED: Final = "evidence-damaged"
 _BUSY_MS: Final = 10_000
@@ -35,16 +37,34 @@ _DOCUMENTS: Final = sa.Table(
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("received_at", sa.BigInteger, nullable=False),
+    sa.Column("leaf", sa.BigInteger, nullable=True, unique=True),
+    sa.Column("header", sa.String(64), nullable=False),
 )  # fmt: skip
+_NEXT_LEAF: Final = sa.select(sa.func.coalesce(sa.func.max(_DOCUMENTS.c.leaf) + 1, 0)).scalar_subquery()
+_MOST_TRIES: Final = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the table says about one document. ``received_at`` is Unix seconds, by this machine's clock."""
+    """What the table says about one document. ``received_at``: Unix seconds by this machine; ``leaf``: its place in the log."""
 
     digest: bytes
     size: int
     received_at: int
+    leaf: int | None = None
+
+
+class Row(NamedTuple):
+    """One row of the table as it stands there: digests in hex, ``leaf`` its place in the log or None."""
+
+    kind: str
+    number: int
+    party: int
+    digest: str
+    size: int
+    received_at: int
+    leaf: int | None
+    header: str
 
 
 class Store:
@@ -89,22 +109,21 @@ class Store:
             return _same(kind, number, party, found.digest, digest)
         self._keep(digest, data)
         row = {
-            "kind": kind,
-            "number": number,
-            "party": party,
-            "digest": digest.hex(),
-            "size": len(data),
-            "received_at": int(received_at),
-        }
-        try:
-            with _database(), self._engine.begin() as connection:
-                connection.execute(_DOCUMENTS.insert().values(**row))
-        except sa.exc.IntegrityError as error:  # somebody was faster
-            found = self.entry(kind, number, party)
-            if found is None:
-                raise MachineError("the database refused a document", hint="look at its log", code="database") from error
-            return _same(kind, number, party, found.digest, digest)
-        return "created"
+            "kind": kind, "number": number, "party": party, "digest": digest.hex(), "size": len(data),
+            "received_at": int(received_at), "header": log.header_digest(kind, data).hex(),
+            "leaf": None if kind in log.UNLOGGED else _NEXT_LEAF,
+        }  # fmt: skip
+        for _ in range(_MOST_TRIES):
+            try:
+                with _database(), self._engine.begin() as connection:
+                    connection.execute(_DOCUMENTS.insert().values(**row))
+            except sa.exc.IntegrityError:  # somebody was faster, with this slot or, in some databases, with this index in the log
+                found = self.entry(kind, number, party)
+                if found is not None:
+                    return _same(kind, number, party, found.digest, digest)
+            else:
+                return "created"
+        raise MachineError("the database refused a document", hint="look at its log", code="database")
 
     def get(self, kind: str, number: int, party: int) -> bytes | None:
         """The document, or None when the slot is empty.
@@ -129,8 +148,8 @@ class Store:
         """What the table says about a slot, or None when it is empty."""
         columns = _DOCUMENTS.c
         where = (columns.kind == kind) & (columns.number == number) & (columns.party == party)
-        rows = self._rows(sa.select(columns.digest, columns.size, columns.received_at).where(where))
-        return Entry(digest=bytes.fromhex(rows[0][0]), size=rows[0][1], received_at=rows[0][2]) if rows else None
+        rows = self._rows(sa.select(columns.digest, columns.size, columns.received_at, columns.leaf).where(where))
+        return Entry(digest=bytes.fromhex(rows[0][0]), size=rows[0][1], received_at=rows[0][2], leaf=rows[0][3]) if rows else None
 
     def parties(self, kind: str, number: int) -> tuple[int, ...]:
         """Who wrote a document of this kind and number, ascending."""
@@ -142,6 +161,48 @@ class Store:
         """The highest number of this kind, or None when there is no such document."""
         found: int | None = self._rows(sa.select(sa.func.max(_DOCUMENTS.c.number)).where(_DOCUMENTS.c.kind == kind))[0][0]
         return found
+
+    def log_size(self) -> int:
+        """How many leaves the log has."""
+        size: int = self._rows(sa.select(sa.func.coalesce(sa.func.max(_DOCUMENTS.c.leaf) + 1, 0)))[0][0]
+        return size
+
+    def leaves(self, start: int, stop: int) -> list[Leaf]:
+        """The leaves [start, stop) of the log.
+
+        Raises:
+            TrustError: the table lacks one of them, or has one that no document can have.
+        """
+        columns = _DOCUMENTS.c
+        chosen = (columns.leaf, columns.kind, columns.number, columns.party, columns.digest, columns.header, columns.received_at)
+        rows = self._rows(sa.select(*chosen).where((columns.leaf >= start) & (columns.leaf < stop)).order_by(columns.leaf))
+        if [row[0] for row in rows] != list(range(start, stop)):
+            raise _damaged(f"the table has {len(rows)} of the leaves {start} to {stop - 1} of the log")
+        return [
+            Leaf(kind=kind, number=number, party=party, digest=_unhex(digest), header=_unhex(header), time=time)
+            for _, kind, number, party, digest, header, time in rows
+        ]
+
+    def rows(self) -> tuple[Row, ...]:
+        """The whole table: what is in the log in its order, then the rest."""
+        columns = (_DOCUMENTS.c[name] for name in Row.__annotations__)
+        query = sa.select(*columns).order_by(_DOCUMENTS.c.leaf.is_(None), _DOCUMENTS.c.leaf, _DOCUMENTS.c.kind, _DOCUMENTS.c.number)
+        return tuple(Row(*row) for row in self._rows(query))
+
+    def restore(self, rows: Iterable[Row]) -> None:
+        """Put exactly these rows into an empty table, all or none. Their files are not looked at.
+
+        Raises:
+            MachineError: the table is not empty, or refuses.
+        """
+        values = [row._asdict() for row in rows]
+        with _database(), self._engine.begin() as connection:
+            if connection.execute(sa.select(sa.func.count()).select_from(_DOCUMENTS)).scalar_one():
+                raise MachineError(
+                    "the table of documents is not empty", hint="move the database file away first", code="table-not-empty"
+                )
+            if values:
+                connection.execute(_DOCUMENTS.insert(), values)
 
     def _rows(self, query: sa.Select[Any]) -> list[tuple[Any, ...]]:
         with _database(), self._engine.connect() as connection:
@@ -185,6 +246,13 @@ def _database() -> Iterator[None]:
             hint="free space, mend the permissions or the database url, then try again",
             code="database",
         ) from error
+
+
+def _unhex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise _damaged(f"the table has {text[:16]!r} for a digest") from None
 
 
 def _damaged(what: str) -> TrustError:

@@ -16,9 +16,10 @@ import httpx2
 import pytest
 
 from aggregator import service
+from privacy import log, notes
 from privacy.envelope import sign
 from privacy.errors import MachineError, Replay
-from privacy.messages import Countersignature, encode
+from privacy.messages import Countersignature, decode, encode
 from silo.transport import HttpTransport
 from tests.federation import START, Federation, signed_by_hub, silo_identity
 
@@ -28,7 +29,7 @@ class Running:
 
     def __init__(self, federation):
         self.federation = federation
-        self.app = service.create_app(federation.board)
+        self.app = service.create_app(federation.board, federation.home.log_folder)
         self.listener = service.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = service.server(self.app)
@@ -239,6 +240,39 @@ def test_many_long_polls_wait_together_and_end_when_the_service_stops(running):
         thread.join(10)
     assert answers == [404] * 60
     assert time.monotonic() - start < 10
+
+
+def test_the_log_is_served_as_immutable_files_and_one_changing_head(running):
+    federation = running.federation
+    problem(running.client.get("/log/checkpoint"), 404, "not-found")
+    federation.ready().run_round(1)
+    wire = HttpTransport(f"http://127.0.0.1:{running.port}")
+    answer = running.client.get("/log/checkpoint")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    guarded(answer)
+    head = log.open_checkpoint(notes.parse(answer.content), federation.accepted.terms)
+    assert wire.fetch("checkpoint") == answer.content
+    tiles = log.Tiles(head.size, wire.fetch)
+    tiles.check(head.root)
+    assert decode(tiles.leaf(0), log.Leaf).kind == "contract"
+    answer = running.client.get("/log/" + log.tile_path(0, 0, head.size))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert len(answer.content) == 32 * head.size
+    problem(running.client.get("/log/tile/0/000"), 404, "not-found")
+    assert wire.fetch("tile/0/000") is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "signed", "../aggregator.key", "%2e%2e/aggregator.key", "tile/0/../../signed", "tile/0/000.p/0", "checkpoint/", "tile"],
+)
+def test_nothing_but_the_log_lies_under_log(running, path):
+    running.federation.ready().run_round(1)
+    answer = running.client.get(f"/log/{path}")
+    assert answer.status_code == 404
+    assert b"seed" not in answer.content
 
 
 def test_status_and_health(running):
