@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from aggregator import defaults
+from privacy import keys
 from privacy.errors import ConfigError
-from privacy.federation import Model
-from privacy.keys import PublicIdentity
+from privacy.federation import Member, Model
+from privacy.keys import ED25519, PublicIdentity
 
 CALIBRATE: Final = "calibrate"
 AUTO: Final = "auto"
@@ -56,6 +58,10 @@ class Terms:
     max_void_rounds: int = 3
     deadline_s: int = 600
     two_silos_see_each_other: bool = False
+    protocol: str = "consent"
+    dropouts: int = 0
+    corrupt_guardians: int | None = None
+    signatures: str = ED25519
 
 
 def draft(terms: Terms, aggregator: PublicIdentity) -> str:
@@ -64,7 +70,24 @@ def draft(terms: Terms, aggregator: PublicIdentity) -> str:
     Raises:
         ConfigError: a text has characters that are not printable.
     """
-    return "\n".join((_head(terms), _what(terms), _training(terms), _privacy(terms), _sum(terms), _who(aggregator)))
+    who = aggregator.under(terms.signatures)
+    return "\n".join((_head(terms), _what(terms), _training(terms), _privacy(terms), _sum(terms), _who(who)))
+
+
+def entry(member: Member) -> str:
+    """A member as it stands in a draft."""
+    lines = ["", "[[member]]", f"# fingerprint {keys.fingerprint(keys.stated(member))}", f"id = {member.id}"]
+    lines += [f"{key} = {quote(getattr(member, key))}" for key in ("name", "organisation", "sign_key")]
+    return "\n".join(lines + ([f"ml_dsa_key = {quote(member.ml_dsa_key)}"] if member.ml_dsa_key else [])) + "\n"
+
+
+def entries(text: str) -> list[tuple[int, int, str, str]]:
+    """(start, end, kind, name) of every ``[[member]]`` and ``[[guardian]]`` in a draft's text, in order."""
+    found = []
+    for block in re.finditer(r"(?m)^\[\[(member|guardian)\]\]\n(?:(?!\[).*\n?)*", text):
+        name = re.search(r'(?m)^name[ \t]*=[ \t]*("[^"]*")', block[0])
+        found.append((block.start(), block.end(), block[1], "" if name is None else json.loads(name[1])))
+    return found
 
 
 def quote(text: str) -> str:
@@ -89,6 +112,8 @@ name = {quote(terms.name)}
 previous = ""
 # The last day (UTC) on which rounds are opened.
 expires = {quote(terms.expires)}
+# How every party signs: "ed25519", or "ed25519+ml-dsa-65": both signatures on everything, against quantum computers too.
+signatures = {quote(terms.signatures)}
 """
 
 
@@ -186,10 +211,17 @@ lattice_bits = {bits}
 
 
 def _sum(terms: Terms) -> str:
+    corrupt = quote(AUTO) if terms.corrupt_guardians is None and terms.protocol == "shares" else str(terms.corrupt_guardians or 0)
     return f"""\
 [sum]
-# Every silo signs for every sum that holds its vector.
-protocol = "consent"
+# "consent": every silo signs for every sum that holds its vector. "shares": guardians hold shares of what unmasks it.
+protocol = {quote(terms.protocol)}
+# t_d, with shares: how many silos may be missing in a sum.
+dropouts = {terms.dropouts}
+# T, with shares: how many guardians may work against everybody; "auto": by the table in docs/spec/guardian-sum.md.
+corrupt_guardians = {corrupt}
+# With shares, and without noise: groups of member ids; a sum is then over whole groups.
+blocks = []
 ring_bits = 32
 # As many rounds in a row (at least one) that end void, or with a sum beyond its bounds, stop the federation.
 max_void_rounds = {terms.max_void_rounds}
@@ -206,6 +238,8 @@ def _who(aggregator: PublicIdentity) -> str:
 # The coordinator's public keys, from aggregator.pub.
 name = {quote(aggregator.name)}
 sign_key = {quote(aggregator.sign_key.hex())}
+# Its ML-DSA-65 key; empty unless signatures asks for one.
+ml_dsa_key = {quote((aggregator.ml_dsa_key or b"").hex())}
 seal_key = {quote((aggregator.seal_key or b"").hex())}
 
 # The members; `aggregator member <identity.pub>` appends one.

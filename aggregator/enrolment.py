@@ -3,9 +3,10 @@
 
 The coordinator owns ``federation.draft.toml``: a commented file, edited by hand until it is signed. Signing fills in what is
 computed (``noise_multiplier = "calibrate"``, ``lattice_bits = "auto"``), checks the whole, keeps the exact bytes in
-``contract/v1.toml`` and publishes them. Promised: a signed plan costs at most its own epsilon, by certified accounting; a
+``contract/v<n>.toml`` and publishes them. Promised: a signed plan costs at most its own epsilon, by certified accounting; a
 member's key was shown to be in its holder's possession; signing again after a crash publishes the same bytes. Not promised:
-that a key belongs to the organisation it names: compare fingerprints over another channel. Only version 1 is signed here.
+that a key belongs to the organisation it names: compare fingerprints over another channel. Version v+1 (aggregator.revision) is
+signed once v is countersigned by all its members, and only if it follows v (privacy.chain).
 """
 
 from __future__ import annotations
@@ -13,25 +14,22 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
-from aggregator import rounds
+from aggregator import guardians, versions
 from aggregator.config import Config, Database, Home, Listen
-from aggregator.draft import AUTO, CALIBRATE, Terms, draft, quote
+from aggregator.draft import AUTO, CALIBRATE, Terms, draft, entry
 from aggregator.store import Store
-from privacy import federation, files, keys
+from privacy import chain, federation, files, keys
 from privacy.envelope import sign
 from privacy.errors import BudgetExhausted, ConfigError
-from privacy.federation import Accepted, Contract, Member
+from privacy.federation import GUARDIANS_FROM, Accepted, Contract, Guardian, Member, Signer
 from privacy.keys import Identity, PublicIdentity, PublicMember
 from privacy.mechanism import LatticeGaussian
 from privacy.messages import AGGREGATOR
-
-_VERSION: Final = 1
 
 
 def init(
@@ -47,10 +45,9 @@ def init(
         ConfigError: there is one already, or one half made with other terms; or a name or value cannot stand.
         MachineError: the folder cannot be written.
     """
-    text = draft(
-        terms, PublicIdentity(name=name, sign_key=bytes(32), seal_key=bytes(keys.SEAL_KEY_BYTES))
-    )  # refuses before anything is made
-    _raw_terms(text)
+    nobody = PublicIdentity(name=name, sign_key=bytes(32), seal_key=bytes(keys.SEAL_KEY_BYTES), ml_dsa_key=bytes(1952))
+    text = draft(terms, nobody)  # refuses before anything is made
+    raw_terms(text)
     home = Home.prepared(root)
     with home.locked():
         kept = home.identity_path.exists()
@@ -67,7 +64,7 @@ def add_member(home: Home, public: bytes) -> Member:
 
     Raises:
         TrustError: malformed, a weak key, or no proof of possession.
-        ConfigError: the name or the key stands in the draft as another's, or the contract is signed.
+        ConfigError: the name or the key stands in the draft as another's, or the version of the draft is signed.
         MachineError: another process is at work in the home.
     """
     introduced = keys.read_public(public)
@@ -76,32 +73,67 @@ def add_member(home: Home, public: bytes) -> Member:
 
 
 def _added(home: Home, introduced: PublicMember) -> Member:
-    _refuse_signed(home)
-    text = _read_draft(home)
-    terms = _raw_terms(text)
-    same = (introduced.name, introduced.organisation, introduced.sign_key.hex())
+    text, terms = open_draft(home)
+    public = introduced.under(terms.signatures)
+    same = (introduced.name, introduced.organisation, public.verify_key)
     for member in terms.member:
-        if (member.name, member.organisation, member.sign_key) == same:
+        if (member.name, member.organisation, member.verify_key) == same:
             return member
-    taken = {terms.aggregator.sign_key: terms.aggregator.name} | {member.sign_key: member.name for member in terms.member}
-    if introduced.sign_key.hex() in taken:
-        raise _duplicate(f"the key of {introduced.name} stands in the draft as {taken[introduced.sign_key.hex()]}")
-    if introduced.name in taken.values():
-        raise _duplicate(f"another party of the draft is called {introduced.name}")
-    member = Member(
-        id=max((each.id for each in terms.member), default=0) + 1, name=introduced.name, organisation=introduced.organisation,
-        sign_key=introduced.sign_key.hex(),
-    )  # fmt: skip
-    entry = f"""
-[[member]]
-# fingerprint {keys.fingerprint(introduced)}
-id = {member.id}
-name = {quote(member.name)}
-organisation = {quote(member.organisation)}
-sign_key = {quote(member.sign_key)}
-"""
-    files.write_atomic(home.draft_path, (text.rstrip("\n") + "\n" + entry).encode())
+    _refuse_taken(introduced, [terms.aggregator, *terms.member])
+    known = lineage(home, terms.version - 1)
+    ids = [member.id for member in terms.member] + [party for party in (known.holders if known else ()) if party < GUARDIANS_FROM]
+    member = stated(introduced, terms, (known.id_of(introduced.name) if known else None) or max(ids, default=0) + 1)
+    files.write_atomic(home.draft_path, (text.rstrip("\n") + "\n" + entry(member)).encode())
     return member
+
+
+def stated(introduced: PublicMember, terms: Contract, number: int) -> Member:
+    """The member as a contract of these signatures states it. Raises ConfigError when its identity lacks a key of theirs."""
+    public = introduced.under(terms.signatures)
+    return Member(
+        id=number, name=introduced.name, organisation=introduced.organisation, sign_key=public.sign_key.hex(),
+        ml_dsa_key=(public.ml_dsa_key or b"").hex(),
+    )  # fmt: skip
+
+
+def _refuse_taken(introduced: PublicMember, parties: Sequence[Signer]) -> None:
+    taken = {party.sign_key: party.name for party in parties}
+    if introduced.sign_key.hex() in taken:
+        raise duplicate(f"the key of {introduced.name} stands in the draft as {taken[introduced.sign_key.hex()]}")
+    if introduced.name in taken.values():
+        raise duplicate(f"another party of the draft is called {introduced.name}")
+
+
+def open_draft(home: Home) -> tuple[str, Contract]:
+    """The draft's text and its values, while its version is not signed.
+
+    Raises:
+        ConfigError: it is; or the draft does not parse.
+    """
+    text = read_draft(home)
+    terms = raw_terms(text)
+    if home.contract_path(terms.version).exists():
+        raise _stands(home, terms.version)
+    return text, terms
+
+
+def lineage(home: Home, upto: int) -> chain.Lineage | None:
+    """The chain of the signed versions up to ``upto``, from the bytes in ``contract/``; None when there is none."""
+    found: chain.Lineage | None = None
+    for version in range(1, upto + 1):
+        accepted = federation.parse(home.contract_path(version).read_bytes())
+        found = chain.Lineage.begin(accepted) if found is None else found.extended(accepted)
+    return found
+
+
+def add_guardian(home: Home, public: bytes) -> Guardian:
+    """The guardian that an ``identity.pub`` introduces, appended to the draft, or found in it. Raises as ``add_member``."""
+    met = keys.read_public(public)
+    with home.locked():
+        text, terms = open_draft(home)
+        guardian, table = guardians.introduced(met, terms)
+        files.write_atomic(home.draft_path, (text.rstrip("\n") + "\n" + table).encode())
+        return guardian
 
 
 def sign_version(home: Home, identity: Identity, store: Store, *, now: float) -> Accepted:
@@ -110,8 +142,9 @@ def sign_version(home: Home, identity: Identity, store: Store, *, now: float) ->
     Signed once: again it gives what stands, and when only publishing was interrupted, it is completed with the kept bytes.
 
     Raises:
-        ConfigError: version 1 stands and the draft says other terms, contradicts itself, does not fit the ring, or names another
-            aggregator.
+        ConfigError: the version stands and the draft says other terms, contradicts itself, does not fit the ring, or names another
+            aggregator; or the version before is not countersigned by all its members.
+        TrustError: it does not follow the version before (privacy.chain).
         BudgetExhausted: the plan with its stated noise costs more than its epsilon.
         NotCertified: no noise reaches the epsilon.
     """
@@ -120,50 +153,83 @@ def sign_version(home: Home, identity: Identity, store: Store, *, now: float) ->
 
 
 def _signed(home: Home, identity: Identity, store: Store, now: float) -> Accepted:
-    kept = home.contract_path(_VERSION)
-    if (stands := rounds.accepted_in(store)) is not None:
+    text = read_draft(home)
+    version = raw_terms(text).version
+    kept = home.contract_path(version)
+    if (stands := versions.published(store, version)) is not None:
         signed = stands.terms.privacy  # calibrating anew could give another last digit on another machine
-        if _filled(_read_draft(home), signed.noise_multiplier, signed.lattice_bits).encode() != stands.raw:
-            raise _stands(home)
+        if _filled(_with_guardians(text), signed.noise_multiplier, signed.lattice_bits).encode() != stands.raw:
+            raise _stands(home, version)
         return stands
-    accepted = federation.parse(kept.read_bytes() if kept.exists() else complete(_read_draft(home)).encode())
+    accepted = federation.parse(kept.read_bytes() if kept.exists() else complete(text).encode())
     public, named = identity.public, accepted.terms.aggregator
-    if (public.sign_key.hex(), (public.seal_key or b"").hex()) != (named.sign_key, named.seal_key):
+    held = public.under(accepted.terms.signatures).verify_key
+    if (held, (public.seal_key or b"").hex()) != (named.verify_key, named.seal_key):
         raise ConfigError(
             f"the key here is {public.sign_key.hex()[:16]}…, the draft names {named.sign_key[:16]}…",
             hint="put the keys of aggregator.pub into [aggregator] of the draft", code="identity",
         )  # fmt: skip
-    if (accepted.terms.version, accepted.terms.previous) != (_VERSION, ""):
-        raise ConfigError(
-            f"the draft is version {accepted.terms.version} after {accepted.terms.previous[:16]!r}, wanted is 1 after ''",
-            hint='write version = 1 and previous = ""', code="contract",
-        )  # fmt: skip
+    _check_follows(store, accepted)
     _check_expiry(accepted.terms.expires, now)
     check_plan(accepted.terms)
     files.write_once(kept, accepted.raw)
-    raw = sign(identity, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
-    store.put_once("contract", _VERSION, AGGREGATOR, raw, received_at=now)
-    return rounds.open_contract(raw)
+    signer = identity.under(accepted.terms.signatures)
+    raw = sign(signer, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
+    store.put_once("contract", version, AGGREGATOR, raw, received_at=now)
+    return versions.open_contract(raw)
+
+
+def _check_follows(store: Store, accepted: Accepted) -> None:
+    """Return if the contract is the first one, or follows the newest, which its members countersigned."""
+    terms, newest = accepted.terms, versions.newest(store)
+    expected = (1, "") if newest is None else (newest.terms.version + 1, newest.digest.hex())
+    if (terms.version, terms.previous) != expected:
+        raise ConfigError(
+            f"the draft is version {terms.version} after {terms.previous[:16]!r}, wanted: {expected[0]} after {expected[1][:16]!r}",
+            hint=f'write version = {expected[0]} and previous = "{expected[1]}"', code="contract",
+        )  # fmt: skip
+    if newest is None:
+        return
+    check_countersigned(store, newest)
+    known = versions.lineage(store)
+    if known is not None:
+        known.extended(accepted)
+
+
+def check_countersigned(store: Store, newest: Accepted) -> None:
+    """Return if all members of a version signed it. Raises ConfigError that names the others."""
+    if not versions.is_countersigned(store, newest):
+        signed = store.parties("countersignature", newest.terms.version)
+        missing = [member.name for member in newest.terms.member if member.id not in signed]
+        raise ConfigError(
+            f"version {newest.terms.version} is not countersigned by {', '.join(missing)}",
+            hint="each runs `silo join`; a version can only follow one that all its members signed", code="not-countersigned",
+        )  # fmt: skip
 
 
 def complete(text: str) -> str:
-    """The draft with its noise multiplier calibrated and its lattice bits chosen; the rest, comments too, as it stands.
+    """The draft with its guardians named, its noise multiplier calibrated and its lattice bits chosen; the rest as it stands.
 
     Raises:
         ConfigError: the draft does not parse, or no noise multiplier fits the ring.
         NotCertified: no noise reaches the epsilon.
     """
-    terms = _raw_terms(text)
+    terms = raw_terms(text)
     if terms.silos <= terms.privacy.colluders:
         raise ConfigError(
             f"the draft has {terms.silos} members and expects {terms.privacy.colluders} colluders",
             hint="add the silos first: `aggregator member`",
             code="contract",
         )
+    text = _with_guardians(text)
     calibrated, chosen = _is_open(text, "noise_multiplier", CALIBRATE), _is_open(text, "lattice_bits", AUTO)
     sigma = _calibrated(terms, None if chosen else terms.privacy.lattice_bits) if calibrated else terms.privacy.noise_multiplier
     plan = federation.ring_plan_at(terms, noise_multiplier=sigma, lattice_bits=None if chosen else terms.privacy.lattice_bits)
     return _filled(text, sigma, plan.lattice_bits)
+
+
+def _with_guardians(text: str) -> str:
+    return guardians.completed(text, raw_terms(text))
 
 
 def check_plan(terms: Contract) -> float:
@@ -211,9 +277,9 @@ def _calibrated(terms: Contract, bits: int | None) -> float:
     )
 
 
-def _raw_terms(text: str) -> Contract:
+def raw_terms(text: str) -> Contract:
     """The draft's values, not yet checked against each other; open places read as 1."""
-    filled = _filled(text, 1.0, 1)
+    filled = guardians.filled(_filled(text, 1.0, 1), 0)
     empty = "" if re.search(r"(?m)^\[\[member\]\]", text) else "member = []\n"
     try:
         return msgspec.toml.decode(empty + filled, type=Contract)
@@ -236,7 +302,8 @@ def _open_place(key: str, word: str) -> str:
     return rf'(?m)^({key}[ \t]*=[ \t]*)"{word}"'
 
 
-def _read_draft(home: Home) -> str:
+def read_draft(home: Home) -> str:
+    """The draft as it stands. Raises ConfigError when it is missing or no text."""
     try:
         return home.draft_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -253,21 +320,18 @@ def _keep_draft(home: Home, text: str) -> None:
     files.write_atomic(home.draft_path, text.encode())
 
 
-def _refuse_signed(home: Home) -> None:
-    if home.contract_path(_VERSION).exists():
-        raise _stands(home)
-
-
-def _stands(home: Home) -> ConfigError:
-    path = home.contract_path(_VERSION)
+def _stands(home: Home, version: int) -> ConfigError:
+    path = home.contract_path(version)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "unknown"
     return ConfigError(
-        f"version {_VERSION} of the contract is signed and stands (digest {digest}…)",
-        hint="silos countersign it with `silo join`; other terms need a new federation in a new folder", code="signed",
+        f"version {version} of the contract is signed and stands (digest {digest}…)",
+        hint="silos countersign it with `silo join`; other terms or members need a new version: `aggregator revise`",
+        code="signed",
     )  # fmt: skip
 
 
-def _duplicate(what: str) -> ConfigError:
+def duplicate(what: str) -> ConfigError:
+    """The refusal of a name or key that is in already."""
     return ConfigError(
         what, hint="every silo has its own name and its own key; this one may be in already", code="duplicate-member"
     )

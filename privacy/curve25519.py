@@ -80,10 +80,15 @@ def verify_signature(key: bytes, data: bytes, signature: bytes) -> None:
         _coordinates(signature[:32])
         Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
     except (InvalidSignature, ValueError):
-        raise TrustError(
-            f"the signature is not by key {key.hex()[:16]}…", code="bad-signature",
-            hint="the bytes were changed on the way, or the sender is another one",
-        ) from None
+        raise not_by(key) from None
+
+
+def not_by(key: bytes) -> TrustError:
+    """The refusal of a signature that is not this key's."""
+    return TrustError(
+        f"the signature is not by key {key.hex()[:16]}…", code="bad-signature",
+        hint="the bytes were changed on the way, or the sender is another one",
+    )  # fmt: skip
 
 
 def _weak(what: str) -> TrustError:

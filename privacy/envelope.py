@@ -28,11 +28,29 @@ from cryptography.hazmat.primitives import hpke
 
 from privacy import keys
 from privacy.errors import TrustError
-from privacy.federation import Accepted, Member, parse
-from privacy.messages import AGGREGATOR, Confirmation, Consent, EpochNote, Header, Kind, PairSeeds, Release, Signed, decode, encode
+from privacy.federation import Accepted, Guardian, Member, parse
+from privacy.messages import (
+    AGGREGATOR,
+    Close,
+    Confirmation,
+    Consent,
+    Endorsement,
+    EpochNote,
+    GuardianNote,
+    Header,
+    Kind,
+    Listing,
+    PairSeeds,
+    Release,
+    Shares,
+    Signed,
+    decode,
+    encode,
+)
 
 SignedType = Literal[Kind, "identity", "header"]
 M = TypeVar("M", EpochNote, PairSeeds, Confirmation, Header, Consent, Release)
+G = TypeVar("G", GuardianNote, Listing, Endorsement, Shares, Close)
 OVERHEAD_BYTES: Final = 1136
 """What ``seal`` adds: an encapsulated key of 1120 bytes and a tag of 16."""
 
@@ -103,6 +121,22 @@ def open_member(raw: bytes, kind: type_of[M], *, type: SignedType, context: byte
             f"the {type} of silo {member.id} says it is of silo {message.silo}",
             code="wrong-sender",
             hint="that silo's software is faulty",
+        )
+    return message
+
+
+def open_guardian(raw: bytes, kind: type_of[G], *, type: SignedType, context: bytes, guardian: Guardian) -> G:
+    """The guardian's signed document as a ``kind``, whose ``guardian`` is that guardian.
+
+    Raises:
+        TrustError: as ``open_signed``; or the body is malformed, or names another guardian.
+    """
+    message = decode(open_signed(raw, type=type, context=context, sender=guardian.id, key=guardian.verify_key), kind)
+    if message.guardian != guardian.id:
+        raise TrustError(
+            f"the {type} of guardian {guardian.id} says it is of guardian {message.guardian}",
+            code="wrong-sender",
+            hint="that guardian's software is faulty",
         )
     return message
 

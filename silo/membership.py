@@ -13,45 +13,37 @@ import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from privacy import accounting, base_model, envelope, keys
+from privacy import accounting, base_model, chain, keys
 from privacy.envelope import open_contract
 from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member, mechanism
-from privacy.messages import AGGREGATOR, Countersignature, decode, encode
-from silo import records
+from privacy.messages import AGGREGATOR
+from silo import keyring, records, succession
 from silo.config import Config, Limits
 from silo.home import Home
+from silo.succession import Fetched
 from silo.transport import Transport
 
 UTC = datetime.UTC
 
 
-def fetch_contract(transport: Transport, fingerprint: str) -> Accepted:
-    """The newest contract on the board, verified against the fingerprint that a person typed or compared.
+def fetch(transport: Transport, fingerprint: str, *, home: Home | None = None) -> Fetched:
+    """The newest contract on the board and its chain, verified against the fingerprint that a person typed or compared.
 
     Args:
-        fingerprint: the aggregator's fingerprint (privacy.keys.fingerprint, spaces are free) or the contract's digest in hex.
+        fingerprint: the aggregator's fingerprint (privacy.keys.fingerprint, spaces are free) or a contract's digest in hex.
+        home: the chain must be the one that this silo has.
 
     Raises:
         RoundError: no contract is published yet.
-        TrustError: it is not signed by the aggregator's key in it, or the fingerprint is another's.
+        TrustError: it is not signed by the aggregator's key in it, does not follow the one before, or the fingerprint is another's.
+        Equivocation: it is another chain than the one this silo has joined.
         ConfigError: its terms contradict each other.
     """
-    document = None
-    for version in range(1, 2**31):
-        newer = transport.get("contract", version, AGGREGATOR, wait_s=0)
-        if newer is None:
-            break
-        document = newer
-    if document is None:
-        raise RoundError(
-            "the aggregator has published no contract",
-            hint="ask the coordinator to run `aggregator sign`, then join again",
-            code="no-contract",
-        )
-    accepted = open_contract(document)
-    _check_fingerprint(accepted, fingerprint)
-    return accepted
+    found = succession.fetch(transport, fingerprint, home=home)
+    if found.before is None:
+        _check_fingerprint(found.newest, fingerprint)
+    return found
 
 
 def terms_in_words(accepted: Accepted) -> list[str]:
@@ -68,23 +60,11 @@ def terms_in_words(accepted: Accepted) -> list[str]:
         *_rounds_in_words(terms),
         f"what leaves this silo: one masked vector of {4 * terms.dimension} bytes a round, and signed protocol messages",
         "what never leaves: records, labels, counts, losses, and any unmasked vector",
-        "a sum is opened only when every silo has signed for exactly that sum",
+        *_sum_in_words(terms),
         f"aggregator {terms.aggregator.name}: {keys.fingerprint(aggregator_identity(terms))}",
-        *(f"silo {m.id}, {m.name} ({m.organisation}): {keys.fingerprint(_member_identity(m))}" for m in terms.member),
+        *(f"silo {m.id}, {m.name} ({m.organisation}): {keys.fingerprint(keys.stated(m))}" for m in terms.member),
+        *(f"guardian {g.id}, {g.name} ({g.organisation}): {keys.fingerprint(keys.stated(g))}" for g in terms.guardian),
     ]
-
-
-def own_member(accepted: Accepted, identity: keys.Identity) -> Member:
-    """The member of the contract that holds this identity's key. Raises TrustError when none does."""
-    own = identity.public.sign_key.hex()
-    for member in accepted.terms.member:
-        if member.sign_key == own:
-            return member
-    raise TrustError(
-        f"no member of {accepted.terms.name} has this silo's key {own[:16]}…",
-        hint="send identity.pub to the coordinator, who adds it with `aggregator member`",
-        code="not-a-member",
-    )
 
 
 def check_expiry(accepted: Accepted, now: datetime.datetime) -> None:
@@ -178,10 +158,13 @@ def countersign(
     limits: Limits,
     now: datetime.datetime,
     check_local: Callable[[Accepted], None],
+    fetched: Fetched | None = None,
 ) -> Member:
     """Sign the contract as the member that this silo is, and post the signature; safe to repeat.
 
     Args:
+        identity: whose key stands in the contract: after a rotation the new one.
+        fetched: the chain that ends with ``accepted``: it is kept, and each version's one successor promised, before the signature.
         check_local: raises when this silo's model or records do not fit the contract: ``check_fit`` with two arguments given.
 
     Raises:
@@ -190,7 +173,7 @@ def countersign(
         Equivocation: another contract of this version was signed before.
         ConfigError: the model or the records do not fit; nothing was signed.
     """
-    member = own_member(accepted, identity)
+    member = keyring.member_of(accepted, identity)
     check_expiry(accepted, now)
     check_limits(accepted, limits)
     check_local(accepted)
@@ -200,10 +183,16 @@ def countersign(
         raise TrustError(
             f"the board no longer shows contract {accepted.digest.hex()[:16]}", hint="join again", code="contract-changed"
         )
+    before = None if fetched is None else fetched.before
+    if fetched is not None:
+        succession.keep(home, fetched)
     home.keep_contract(version, document)
-    body = encode(Countersignature(contract=accepted.digest, member=member.id))
-    signed = envelope.sign(identity, type="countersignature", context=accepted.digest, sender=member.id, body=body)
-    home.keep_countersignature(version, member.id, signed)
+    signed = home.countersignature(version, member.id)
+    if signed is None:  # an ML-DSA signature is another one each time: what was signed once is sent again
+        former = None if before is None else keyring.former(home, accepted)
+        suite = "" if before is None else before.terms.signatures
+        signed = chain.countersignature(identity, accepted, member.id, former=former, suite_before=suite)
+        home.keep_countersignature(version, member.id, signed)
     transport.put("countersignature", version, member.id, signed)
     return member
 
@@ -217,72 +206,43 @@ def verify_all_countersigned(transport: Transport, accepted: Accepted, *, home: 
         RoundError: members have not signed yet; the message names them.
         TrustError: a signature is not its member's, or over another contract.
     """
-    version, missing = accepted.terms.version, []
+    version, missing, agreed = accepted.terms.version, [], dict[int, bytes]()
     for member in accepted.terms.member:
         kept = home.countersignature(version, member.id)
         signed = kept or transport.get("countersignature", version, member.id, wait_s=wait_s)
         if signed is None:
             missing.append(f"{member.name} ({member.id})")
             continue
-        _check_countersignature(signed, accepted, member)
+        chain.open_countersignature(signed, accepted, member)
         if kept is None:
             home.keep_countersignature(version, member.id, signed)
+        agreed[member.id] = signed
     if missing:
         raise RoundError(
             f"{len(missing)} of {accepted.terms.silos} members have not countersigned: {', '.join(missing)}",
             hint="each runs `silo join`; then run this again",
             code="not-countersigned",
         )
+    if version > 1:
+        chain.check_agreed(next(iter(succession.ancestors(home, accepted).values()), None), accepted, agreed)
     return tuple(member.id for member in accepted.terms.member)
 
 
-def joined(home: Home, identity: keys.Identity, *, now: datetime.datetime) -> tuple[Accepted, Member]:
-    """The contract under which this silo may train, and which member it is: ``countersigned``, and not expired.
+def joined(home: Home, *, now: datetime.datetime, transport: Transport | None = None) -> tuple[Accepted, Member, keys.Identity]:
+    """The contract under which this silo may train, which member it is, and with which key: ``at_work``, and not expired.
 
     Raises:
         ConfigError: the silo has joined none.
-        TrustError: the contract expired, or as ``countersigned``.
+        TrustError: the contract expired, or as ``silo.succession.at_work``.
     """
-    accepted, member = countersigned(home, identity)
-    check_expiry(accepted, now)
-    return accepted, member
-
-
-def countersigned(home: Home, identity: keys.Identity) -> tuple[Accepted, Member]:
-    """The contract this silo countersigned, verified again from the kept bytes, and which member it is.
-
-    Also after it expired: that is enough to read what the silo has. To train it must be ``joined``.
-
-    Raises:
-        ConfigError: the silo has joined none.
-        TrustError: the kept bytes are damaged, or the countersignature is not this silo's.
-    """
-    kept = home.contract()
-    if kept is None:
-        raise ConfigError("this silo has joined no federation", hint="run `silo join` first", code="not-joined")
-    accepted = open_contract(kept[1])
-    member = own_member(accepted, identity)
-    signed = home.countersignature(accepted.terms.version, member.id)
-    if signed is None:
-        raise ConfigError(f"contract version {kept[0]} is not countersigned here", hint="run `silo join` again", code="not-joined")
-    _check_countersignature(signed, accepted, member)
-    return accepted, member
+    found = succession.at_work(home, transport)
+    check_expiry(found[0], now)
+    return found
 
 
 def aggregator_identity(terms: Contract) -> keys.PublicIdentity:
     """The aggregator's public identity as the contract states it."""
-    stated = terms.aggregator
-    return keys.PublicIdentity(name=stated.name, sign_key=bytes.fromhex(stated.sign_key), seal_key=bytes.fromhex(stated.seal_key))
-
-
-def _check_countersignature(signed: bytes, accepted: Accepted, member: Member) -> None:
-    key = member.verify_key
-    body = envelope.open_signed(signed, type="countersignature", context=accepted.digest, sender=member.id, key=key)
-    wanted = Countersignature(contract=accepted.digest, member=member.id)
-    if decode(body, Countersignature) != wanted:
-        raise TrustError(
-            f"the countersignature of {member.name} is for another contract or member", hint="that silo must join again"
-        )
+    return keys.stated(terms.aggregator, bytes.fromhex(terms.aggregator.seal_key))
 
 
 def _check_fingerprint(accepted: Accepted, fingerprint: str) -> None:
@@ -297,10 +257,6 @@ def _check_fingerprint(accepted: Accepted, fingerprint: str) -> None:
             aggregator=of_key,
             contract=accepted.digest.hex(),
         )
-
-
-def _member_identity(member: Member) -> keys.PublicIdentity:
-    return keys.PublicIdentity(name=member.name, sign_key=bytes.fromhex(member.sign_key))
 
 
 def _unit(terms: Contract) -> str:
@@ -322,6 +278,18 @@ def _rounds_in_words(terms: Contract) -> list[str]:
         f"over {training.rounds} rounds, against the aggregator together with {plan.colluders} of the {terms.silos} silos",
         f"each round samples units at rate {plan.sampling_rate:g} and clips at norm {plan.max_grad_norm:g}",
         f"noise multiplier {plan.noise_multiplier:g}, shared among the silos",
+    ]
+
+
+def _sum_in_words(terms: Contract) -> list[str]:
+    """Who must agree before a sum is opened, and whose absence a sum survives."""
+    if not terms.shared:
+        return ["a sum is opened only when every silo has signed for exactly that sum"]
+    every, corrupt = len(terms.guardian), terms.sum.corrupt_guardians
+    return [
+        f"a sum may be without {terms.sum.dropouts} of the {terms.silos} silos; of fewer than {terms.fewest} none is ever opened",
+        f"a sum is opened only when {terms.quorum} of the {every} guardians have signed for exactly it; an upload agrees to that",
+        f"{corrupt} guardians together with the aggregator learn nothing more; {terms.quorum} would read every upload",
     ]
 
 
