@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP board: retries, caps, redirects, and problem documents that come back as our errors."""
+"""The board over HTTP: retries, caps, redirects, and problem documents that come back as our errors.
+
+What does not depend on the carrier is tested over HTTP and over a folder, each with its real other end; what only a folder has is
+in tests/test_folder.py.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 
 import httpx2
 import pytest
 
-from privacy import errors
+from privacy import envelope, epoch, errors
+from privacy.messages import EpochCall, encode
 from silo import transport
 from silo.transport import HttpTransport
+from tests.federation import START, Federation, signed_by_hub, silo_identity
+from tests.test_folder import Hub, countersignature
+from tests.test_service import Running
 
 LOCAL = "http://127.0.0.1:9"
 
@@ -215,3 +224,102 @@ def test_plain_http_to_another_machine_must_be_asked_for():
 def test_addresses_that_are_not(url):
     with pytest.raises(errors.ConfigError):
         HttpTransport(url)
+
+
+# --- Over HTTP and over a folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["http", "folder"])
+def carried(request, tmp_path):
+    """(a federation with its board, a silo's transport to it)."""
+    if request.param == "folder":
+        hub = Hub(tmp_path)
+        yield hub.federation, hub.line()
+        hub.federation.store.close()
+        return
+    running = Running(Federation(tmp_path))
+    wire = HttpTransport(f"http://127.0.0.1:{running.port}")
+    yield running.federation, wire
+    wire.close()
+    running.stop()
+    running.federation.store.close()
+
+
+def test_what_is_put_stands_and_may_be_put_again(carried):
+    federation, wire = carried
+    data = countersignature(federation)
+    for _ in range(3):
+        wire.put("countersignature", 1, 1, data)
+        assert federation.store.get("countersignature", 1, 1) == wire.get("countersignature", 1, 1, wait_s=5) == data
+    assert wire.get("countersignature", 1, 2, wait_s=0) is None
+    assert wire.get("contract", 1, 0, wait_s=0) == federation.store.get("contract", 1, 0)
+    assert wire.get("contract", 2, 0, wait_s=0) is None
+
+
+def test_what_the_coordinator_stores_is_found_by_who_waits_for_it(carried):
+    federation, wire = carried
+    assert wire.get("epoch", 1, 0, wait_s=0.05) is None
+    call = signed_by_hub("epoch", federation.accepted.digest, EpochCall(contract=federation.accepted.digest, epoch=1))
+    federation.store.put_once("epoch", 1, 0, call, received_at=START)
+    assert wire.get("epoch", 1, 0, wait_s=5) == call
+
+
+def test_a_refusal_comes_back_as_its_class_whatever_carried_it(carried):
+    federation, wire = carried
+    data = countersignature(federation)
+    for slot, sent, kind, code in (
+        (("countersignature", 1, 2), data, errors.TrustError, "wrong-sender"),
+        (("countersignature", 1, 9), data, errors.TrustError, "unknown-member"),
+        (("countersignature", 2, 1), data, errors.TrustError, "wrong-contract-version"),
+        (("countersignature", 1, 1), data[:-1], errors.TrustError, "malformed"),
+        (("countersignature", 1, 1), bytes(2000), errors.TrustError, "too-large"),
+        (("contract", 2, 1), data, errors.TrustError, "not-yours"),
+        (("freeze", 1, 0), data, errors.TrustError, "not-yours"),
+    ):
+        for _ in range(2):
+            with pytest.raises(errors.SiloquyError) as caught:
+                wire.put(*slot, sent)
+            assert (type(caught.value), caught.value.code, caught.value.exit_code) == (kind, code, 4), slot
+            assert caught.value.hint
+        assert federation.store.entry(*slot) is None
+    wire.put("countersignature", 1, 1, data)
+
+
+def test_a_second_note_of_one_silo_is_equivocation_and_what_is_settled_is_a_replay(carried):
+    federation, wire = carried
+    digest = federation.accepted.digest
+    call = signed_by_hub("epoch", digest, EpochCall(contract=digest, epoch=1))
+    federation.store.put_once("epoch", 1, 0, call, received_at=START)
+    notes = [epoch.note_of(epoch.new_note(digest, 1, 1, bytes(32))[0]) for _ in range(3)]
+    first, second, third = (
+        envelope.sign(silo_identity(1), type="epoch-note", context=digest, sender=1, body=encode(note)) for note in notes
+    )
+    wire.put("epoch-note", 1, 1, first)
+    with pytest.raises(errors.Equivocation, match="a second epoch-note"):
+        wire.put("epoch-note", 1, 1, second)
+    assert wire.get("epoch-note", 1, 1, wait_s=5) == first
+    again = signed_by_hub("epoch", digest, EpochCall(contract=digest, epoch=2))
+    federation.store.put_once("epoch", 2, 0, again, received_at=START)
+    with pytest.raises(errors.Replay, match="epoch 1 is over"):
+        wire.put("epoch-note", 1, 1, third)
+
+
+def test_the_status_is_the_boards(carried):
+    federation, wire = carried
+    wire.put("countersignature", 1, 1, countersignature(federation))
+    assert wire.status()["countersigned"] == [1]
+    assert wire.status()["contract"]["digest"] == federation.accepted.digest.hex()
+
+
+def test_a_whole_federation(carried):
+    federation, wire = carried
+
+    class Carried:
+        get = staticmethod(functools.partial(wire.get, wait_s=0.02))  # over a folder the mailbox works while a silo sleeps
+        put = staticmethod(wire.put)
+
+    for silo in federation.silos:
+        silo.board = Carried()
+    closed = federation.ready().run_round(1)
+    assert closed.state == federation.reached([1]).digest
+    assert {silo.state.digest for silo in federation.silos} == {closed.state}
