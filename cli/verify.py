@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``silo verify``, ``aggregator verify`` and ``aggregator reindex``: exit 0 when nothing failed, 4 when something did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import HERE, AggregatorHome, Json, SiloHome
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from privacy.audit import Verdict
+    from privacy.findings import Check
+
+FAILED = 4
+Rounds = Annotated[list[int] | None, typer.Option("--round", min=1, help="only this round in full; may be given more than once")]
+Everything = Annotated[bool, typer.Option("--all", help="all rounds, as without --round")]
+Report = Annotated[Path | None, typer.Option(help="a report.json whose figures are compared with those computed again")]
+
+
+def add_to_silo(app: typer.Typer) -> None:
+    """Register what a silo has of these commands."""
+    app.command("verify")(silo_verify)
+
+
+def add_to_aggregator(app: typer.Typer) -> None:
+    """Register what an aggregator has of these commands."""
+    app.command("verify")(aggregator_verify)
+    app.command("reindex")(aggregator_reindex)
+
+
+def silo_verify(
+    rounds: Rounds = None,
+    everything: Everything = False,
+    url: Annotated[str, typer.Option(help="another address than silo.toml's")] = "",
+    folder: Annotated[Path | None, typer.Option(help="a copy of the evidence, or a shared folder, instead of an address")] = None,
+    fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint or the contract's digest, for an auditor")] = "",
+    report: Report = None,
+    home: SiloHome = HERE,
+    json: Json = False,
+) -> int:
+    """Check the federation again from its documents: signatures, sums bit for bit, model, epsilon, log, and this silo's ledger.
+
+    No secret is used. It says at the end which rounds it recomputed, and which rest on signatures alone.
+
+    \b
+    Examples:
+      silo verify
+      silo verify --round 3 --json
+      silo verify --folder copy-of-the-evidence --fingerprint "9c1f 03aa …"
+    """
+    from silo import verify
+
+    chosen = _chosen(rounds, everything)
+    verdict = verify.verify(home, url=url, folder=folder, fingerprint=fingerprint, rounds=chosen, report=report)
+    return _show(verdict, json=json)
+
+
+def aggregator_verify(
+    rounds: Rounds = None, everything: Everything = False, report: Report = None, home: AggregatorHome = HERE, json: Json = False
+) -> int:
+    """Check this home from its own files: every row against its file and leaf, then everything that a silo can check.
+
+    \b
+    Examples:
+      aggregator verify
+      aggregator verify --report report/report.json
+    """
+    from aggregator import verify
+    from privacy.evidence import read_report
+
+    papers = None if report is None else read_report(report)
+    return _show(verify.verify(home, rounds=_chosen(rounds, everything), report=papers), json=json)
+
+
+def aggregator_reindex(home: AggregatorHome = HERE, json: Json = False) -> None:
+    """Make the table of documents again, from evidence/ and log/ alone. The old one must be moved away first.
+
+    \b
+    Example:
+      aggregator reindex
+    """
+    from aggregator import verify
+    from cli.output import Output
+
+    made = verify.reindex(home)
+    lines = [f"{made['documents']} documents, {made['in_log']} of them in the log"]
+    lines += [f"missing: {slot}" for slot in made["missing"]]
+    lines += [f"left aside: {name[:16]}… {why}" for name, why in made["aside"].items()]
+    Output(json=json).result(made, [*lines, "next: `aggregator verify`"])
+
+
+def _chosen(rounds: Sequence[int] | None, everything: bool) -> frozenset[int] | None:
+    if rounds and everything:
+        raise typer.BadParameter("say --round N or --all, not both")
+    return frozenset(rounds) if rounds else None
+
+
+def _show(verdict: Verdict, *, json: bool) -> int:
+    import msgspec
+
+    from cli.output import Output
+
+    document = {"holds": verdict.holds, "sentence": verdict.sentence(), **msgspec.to_builtins(verdict)}
+    lines: list[str | Table] = [_overview(verdict), *_problems(verdict)]
+    Output(json=json).result(document, [*lines, ("✓ " if verdict.holds else "✗ ") + verdict.sentence()])
+    return 0 if verdict.holds else FAILED
+
+
+def _overview(verdict: Verdict) -> Table:
+    """One line per contract version, epoch, round, and what else was asked."""
+    from cli.output import table
+
+    stages: dict[str, list[Check]] = {}
+    for check in verdict.checks:
+        stages.setdefault(_stage(check), []).append(check)
+    costs = {f"round {each.round}": f"{each.insiders:.4g}" for each in verdict.spent}
+    rows = [(name, _mark(checks), len(checks), costs.get(name, "")) for name, checks in stages.items()]
+    return table("", ("object", "", "checks", "epsilon after it"), rows)
+
+
+def _problems(verdict: Verdict) -> list[str | Table]:
+    """Everything that is not simply well, failures first."""
+    lines: list[str | Table] = []
+    for status, sign in (("failed", "✗"), ("open", "?"), ("note", "·")):
+        for check in verdict.checks:
+            if check.status == status:
+                file = f" [{check.file[:16]}…]" if check.file else ""
+                whose = "aggregator" if check.party == 0 else f"party {check.party}"
+                lines.append(f"{sign} {check.kind} {check.number} ({whose}){file}: {check.what}: {check.why}")
+    return lines
+
+
+def _mark(checks: Sequence[Check]) -> str:
+    found = {check.status for check in checks}
+    return "✗" if "failed" in found else "?" if "open" in found else "✓"
+
+
+def _stage(check: Check) -> str:
+    if check.kind in ("contract", "countersignature"):
+        return f"contract {check.number}"
+    if check.kind in ("epoch", "epoch-note", "guardian-note", "roster", "pair-seeds", "confirmation"):
+        return f"epoch {check.number}"
+    if check.kind in ("log", "checkpoint", "cosignature", "head"):
+        return "log"
+    if check.kind in ("ledger", "state"):
+        return "this silo's own"
+    if check.kind == "report":
+        return "report"
+    return "other files" if check.kind == "unknown" else f"round {check.number}"
