@@ -17,24 +17,27 @@ import hashlib
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from aggregator import rounds
-from aggregator.rounds import Documents, Round
-from privacy import envelope, guardian_sum, keys
+from aggregator import rounds, versions
+from aggregator.rounds import Round
+from aggregator.versions import Documents
+from privacy import chain, envelope, freeze, guardian_sum, keys, log, shares, signatures
 from privacy.errors import Replay, RoundError, TrustError
-from privacy.federation import Accepted, Member
+from privacy.federation import Accepted, Guardian, Member
+from privacy.guardian_sum import Frozen
 from privacy.messages import (
     AGGREGATOR,
     AGGREGATOR_KINDS,
     Certificate,
     Confirmation,
     Consent,
-    Countersignature,
     EpochNote,
     Freeze,
+    GuardianNote,
     Header,
     Kind,
     PairSeeds,
     Release,
+    Shares,
     Signed,
     Upload,
     decode,
@@ -55,12 +58,25 @@ def cap(kind: Kind, accepted: Accepted) -> int:
     if kind in AGGREGATOR_KINDS:
         raise _not_yours(kind)
     peers, d = accepted.terms.silos - 1, accepted.terms.dimension
-    header = SIGNED_BYTES + 256 + 48 * peers
+    guardians, silos = len(accepted.terms.guardian), accepted.terms.silos
+    header = SIGNED_BYTES + 256 + 48 * peers + 80 * guardians
+    bundles = guardians * (16 + shares.bundle_bytes(silos)) if guardians else 0
     bodies = {
         "countersignature": 64, "epoch-note": 1536, "pair-seeds": 64 + (_SEED_BYTES + 16) * peers, "confirmation": 64 + 48 * peers,
-        "upload": header + 4 * d + envelope.OVERHEAD_BYTES, "consent": 128, "release": 128 + _SEED_BYTES, "acknowledgement": 192,
+        "upload": header + 4 * d + envelope.OVERHEAD_BYTES + bundles,
+        "consent": 128, "release": 128 + _SEED_BYTES, "acknowledgement": 192,
+        "cosignature": 1024,
+        "guardian-note": 1536, "list": 128 + 64 * silos, "endorsement": 128, "close": 128,
+        "shares": 128 + _most_release_bytes(silos),
     }  # fmt: skip
-    return SIGNED_BYTES + bodies[kind]
+    signature = signatures.signature_bytes(accepted.terms.signatures) - signatures.CURVE_SIGNATURE_BYTES
+    return SIGNED_BYTES + bodies[kind] + (2 if kind in ("upload", "countersignature") else 1) * signature
+
+
+def _most_release_bytes(silos: int) -> int:
+    """More than any guardian's shares in a round take: a share and its inclusion proof for each place, at most (n+1)²/4 of them."""
+    places, proof = (silos + 1) ** 2 // 4 + 1, 32 * (1 + silos.bit_length())
+    return places * (proof + 64) + envelope.OVERHEAD_BYTES
 
 
 def published(view: Documents) -> Accepted:
@@ -81,29 +97,40 @@ def admit(kind: Kind, number: int, party: int, data: bytes, view: Documents) -> 
     """
     if kind in AGGREGATOR_KINDS or party == AGGREGATOR:
         raise _not_yours(kind)
-    accepted = published(view)
-    member = _member(accepted, party)
+    accepted = versions.governing(view, kind, number) or published(view)
     if len(data) > cap(kind, accepted):
         raise TrustError(
             f"a {kind} of {len(data)} bytes, at most {cap(kind, accepted)} are allowed",
             hint="that is no honest one",
             code="too-large",
         )
+    if kind == "cosignature":
+        _cosignature(number, party, data, view, accepted)
+        return
+    if kind in _GUARDIANS_STEPS:
+        _GUARDIANS_STEPS[kind](number, _guardian(accepted, party), data, view, accepted)
+        return
+    member = _member(accepted, party)
+    if kind not in _STEPS or (accepted.terms.shared and kind in ("consent", "release")):
+        raise _no_such_step(kind, accepted)
     _STEPS[kind](number, member, data, view, accepted)
+
+
+def _cosignature(number: int, party: int, data: bytes, view: Documents, accepted: Accepted) -> None:
+    checkpoint = view.get("checkpoint", number, AGGREGATOR)
+    if checkpoint is None:
+        raise _too_early(f"a cosignature of party {party} before the checkpoint of round {number}")
+    log.open_cosignature(data, checkpoint, accepted.terms, party)
 
 
 def _countersignature(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
     _expect("countersignature", member, "contract version", number, accepted.terms.version)
-    key = member.verify_key
-    body = envelope.open_signed(data, type="countersignature", context=accepted.digest, sender=member.id, key=key)
-    stated = decode(body, Countersignature)
-    _expect("countersignature", member, "contract", stated.contract, accepted.digest)
-    _expect("countersignature", member, "silo", stated.member, member.id)
+    chain.open_countersignature(data, accepted, member, before=versions.published(view, number - 1))
 
 
 def _epoch_note(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
     _check_called(number, view, accepted)
-    if view.get("roster", number, AGGREGATOR) is not None:
+    if view.get("roster", number, AGGREGATOR) is not None and not _may_knock(number, member, view, accepted):
         raise _settled("epoch", number)
     note = envelope.open_member(data, EpochNote, type="epoch-note", context=accepted.digest, member=member)
     _expect("epoch note", member, "contract", note.contract, accepted.digest)
@@ -112,21 +139,27 @@ def _epoch_note(number: int, member: Member, data: bytes, view: Documents, accep
     keys.check_dh_key(note.dh_key)
 
 
+def _may_knock(number: int, member: Member, view: Documents, accepted: Accepted) -> bool:
+    """In share mode a note after the roster says: this silo waits for the next epoch."""
+    at = rounds.epoch_in(view, accepted, number)
+    return accepted.terms.shared and at is not None and member.id not in at.silos
+
+
 def _pair_seeds(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
-    context = _roster_ctx(number, view, accepted)
+    context, silos = _roster_ctx(number, member, view, accepted)
     stated = envelope.open_member(data, PairSeeds, type="pair-seeds", context=context, member=member)
     _expect("pair seeds", member, "epoch", stated.epoch, number)
-    _expect("pair seeds", member, "peers", [peer for peer, _ in stated.sealed], _peers(accepted, member))
+    _expect("pair seeds", member, "peers", [peer for peer, _ in stated.sealed], _peers(silos, member))
     _expect("pair seeds", member, "sizes", {len(sealed) for _, sealed in stated.sealed}, {_SEED_BYTES})
 
 
 def _confirmation(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
-    context = _roster_ctx(number, view, accepted)
-    if missing := {each.id for each in accepted.terms.member} - set(view.parties("pair-seeds", number)):
+    context, silos = _roster_ctx(number, member, view, accepted)
+    if missing := set(silos) - set(view.parties("pair-seeds", number)):
         raise _too_early(f"a confirmation of epoch {number} before the pair seeds of silos {sorted(missing)}")
     stated = envelope.open_member(data, Confirmation, type="confirmation", context=context, member=member)
     _expect("confirmation", member, "epoch", stated.epoch, number)
-    _expect("confirmation", member, "peers", [peer for peer, _ in stated.tags], _peers(accepted, member))
+    _expect("confirmation", member, "peers", [peer for peer, _ in stated.tags], _peers(silos, member))
 
 
 def _upload(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
@@ -136,8 +169,13 @@ def _upload(number: int, member: Member, data: bytes, view: Documents, accepted:
             f"an upload of silo {member.id} after the freeze of round {number}",
             hint="the round goes on with the upload that stands",
         )
+    _check_takes_part(f"an upload in round {number}", member, opened.silos)
     upload = rounds.open_upload(data, opened, member)
-    header = guardian_sum.check_header(upload.header, member, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx)
+    header = guardian_sum.check_header(
+        upload.header, member, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx, silos=opened.silos
+    )
+    if accepted.terms.shared:
+        shares.check_bundles(upload, header)
     _check_counter(number, member, header, view)
     size = 4 * accepted.terms.dimension + envelope.OVERHEAD_BYTES
     _expect("upload", member, "sealed size", len(upload.sealed), size)
@@ -182,10 +220,70 @@ def _acknowledgement(number: int, member: Member, data: bytes, view: Documents, 
     body = None if opened is None else rounds.own(view, accepted, "outcome", number, opened.context)
     if opened is None or body is None:
         raise _too_early(f"an acknowledgement of silo {member.id} before the outcome of round {number}")
+    _check_takes_part(f"an acknowledgement of round {number}", member, opened.silos)
     stated = rounds.open_acknowledgement(data, opened, member)
     _expect("acknowledgement", member, "outcome", stated.outcome, hashlib.sha256(body).digest())
 
 
+# --- Guardians -------------------------------------------------------------------------------------------------------------
+
+
+def _guardian_note(number: int, guardian: Guardian, data: bytes, view: Documents, accepted: Accepted) -> None:
+    _check_called(number, view, accepted)
+    if view.get("roster", number, AGGREGATOR) is not None:
+        raise _settled("epoch", number)
+    note = envelope.open_guardian(data, GuardianNote, type="guardian-note", context=accepted.digest, guardian=guardian)
+    _expect("guardian note", guardian, "contract", note.contract, accepted.digest)
+    _expect("guardian note", guardian, "epoch", note.epoch, number)
+    keys.load_seal_key(note.guardian_key)
+
+
+def _list(number: int, guardian: Guardian, data: bytes, view: Documents, accepted: Accepted) -> None:
+    opened = _open_round(number, view, accepted)
+    if view.get("freeze", number, AGGREGATOR) is not None:
+        raise Replay(f"a list of guardian {guardian.id} after the freeze of round {number}", hint="go on with the set that stands")
+    freeze.check_list(data, guardian, epoch_ctx=opened.context, round_ctx=opened.ctx, silos=opened.silos)
+
+
+def _endorsement(number: int, guardian: Guardian, data: bytes, view: Documents, accepted: Accepted) -> None:
+    opened = _open_round(number, view, accepted)
+    frozen = _frozen(opened, view, accepted)
+    if frozen is None:
+        raise _too_early(f"an endorsement of guardian {guardian.id} before the freeze of round {number}")
+    freeze.check_endorsement(data, guardian, frozen, epoch_ctx=opened.context)
+
+
+def _shares(number: int, guardian: Guardian, data: bytes, view: Documents, accepted: Accepted) -> None:
+    opened = _open_round(number, view, accepted)
+    frozen = _frozen(opened, view, accepted)
+    if frozen is None or rounds.own(view, accepted, "certificate", number, opened.context) is None:
+        raise _too_early(f"shares of guardian {guardian.id} before the certificate of round {number}")
+    stated = envelope.open_guardian(data, Shares, type="shares", context=opened.context, guardian=guardian)
+    _expect("shares", guardian, "round", stated.round_ctx, opened.ctx)
+    _expect("shares", guardian, "set", stated.frozen, frozen.digest)
+    _expect("shares", guardian, "sealed size", len(stated.sealed), shares.release_bytes(frozen))
+
+
+def _close(number: int, guardian: Guardian, data: bytes, view: Documents, accepted: Accepted) -> None:
+    opened = _open_round(number, view, accepted)
+    freeze.check_close(data, guardian, epoch_ctx=opened.context, round_ctx=opened.ctx)
+
+
+def _frozen(opened: Round, view: Documents, accepted: Accepted) -> Frozen | None:
+    body = rounds.own(view, accepted, "freeze", opened.number, opened.context)
+    return None if body is None else _frozen_in(body, accepted, opened.context, opened.ctx, opened.silos)
+
+
+@functools.lru_cache(maxsize=2)
+def _frozen_in(body: bytes, accepted: Accepted, context: bytes, ctx: bytes, silos: tuple[int, ...]) -> Frozen:
+    """The set in a freeze, once for the same bytes: every guardian's documents ask for it."""
+    made = decode(body, Freeze)
+    return guardian_sum.check_freeze(made, accepted=accepted, epoch_ctx=context, round_ctx=ctx, own_header=None, silos=silos)
+
+
+_GUARDIANS_STEPS: Final[dict[Kind, Callable[[int, Guardian, bytes, Documents, Accepted], None]]] = {
+    "guardian-note": _guardian_note, "list": _list, "endorsement": _endorsement, "shares": _shares, "close": _close,
+}  # fmt: skip
 _STEPS: Final[dict[Kind, Callable[[int, Member, bytes, Documents, Accepted], None]]] = {
     "countersignature": _countersignature, "epoch-note": _epoch_note, "pair-seeds": _pair_seeds, "confirmation": _confirmation,
     "upload": _upload, "consent": _consent, "release": _release, "acknowledgement": _acknowledgement,
@@ -228,12 +326,22 @@ def _check_called(number: int, view: Documents, accepted: Accepted) -> None:
         raise Replay(f"epoch {number} is over, the latest is {latest}", hint="take part in the latest epoch", number=number)
 
 
-def _roster_ctx(number: int, view: Documents, accepted: Accepted) -> bytes:
+def _roster_ctx(number: int, member: Member, view: Documents, accepted: Accepted) -> tuple[bytes, tuple[int, ...]]:
+    """epoch_ctx and the silos of a called epoch whose roster holds this member."""
     _check_called(number, view, accepted)
     at = rounds.epoch_in(view, accepted, number)
     if at is None:
         raise _too_early(f"epoch {number} has no roster yet")
-    return at.context
+    _check_takes_part(f"a document of epoch {number}", member, at.silos)
+    return at.context, at.silos
+
+
+def _check_takes_part(what: str, member: Member, silos: tuple[int, ...]) -> None:
+    if member.id not in silos:
+        raise TrustError(
+            f"{what} from silo {member.id}, which is not in this epoch: its silos are {list(silos)}",
+            hint="wait for the next epoch", code="not-in-epoch",
+        )  # fmt: skip
 
 
 def _member(accepted: Accepted, party: int) -> Member:
@@ -245,18 +353,33 @@ def _member(accepted: Accepted, party: int) -> Member:
     )
 
 
+def _guardian(accepted: Accepted, party: int) -> Guardian:
+    for guardian in accepted.terms.guardian:
+        if guardian.id == party:
+            return guardian
+    raise TrustError(
+        f"party {party} is no guardian of {accepted.terms.name}", hint="ask the coordinator for your id", code="unknown-member"
+    )
+
+
+def _no_such_step(kind: Kind, accepted: Accepted) -> TrustError:
+    mode = accepted.terms.sum.protocol
+    return TrustError(f"there is no {kind} with protocol = {mode!r}", hint="read the contract again", code="wrong-type")
+
+
 def _not_yours(kind: Kind) -> TrustError:
     return TrustError(f"a {kind} is not taken over this door", hint="only the coordinator writes it", code="not-yours")
 
 
-def _peers(accepted: Accepted, member: Member) -> list[int]:
-    return [other.id for other in accepted.terms.member if other.id != member.id]
+def _peers(silos: tuple[int, ...], member: Member) -> list[int]:
+    return [other for other in silos if other != member.id]
 
 
-def _expect(what: str, member: Member, field: str, found: object, wanted: object) -> None:
+def _expect(what: str, member: Member | Guardian, field: str, found: object, wanted: object) -> None:
     if found != wanted:
+        role = "silo" if isinstance(member, Member) else "guardian"
         raise TrustError(
-            f"the {what} of silo {member.id} has {field} {_short(found)}, expected {_short(wanted)}",
+            f"the {what} of {role} {member.id} has {field} {_short(found)}, expected {_short(wanted)}",
             hint="it belongs to another round or federation, or that silo's software is faulty",
             code=f"wrong-{field.replace(' ', '-')}",
         )

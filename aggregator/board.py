@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The board: what members may write, once, and everybody may read.
 
-Promised: the same bytes for the same slot are accepted any number of times, also after the round is settled, so a retry
-never fails; other bytes are refused by name, and only their owner's signature can accuse an owner of equivocation. Waiting
-is the caller's. The coordinator does not come through here: it writes its own documents into the store.
+Promised: the same statement for the same slot is accepted any number of times, also after the round is settled, so a retry
+never fails, and the first one stands; other ones are refused by name, and only their owner's signature can accuse an owner of
+equivocation. Waiting is the caller's. The coordinator does not come through here: it writes its own documents into the store.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import hashlib
 from collections.abc import Callable
 from typing import Literal
 
-from aggregator import rounds
+from aggregator import versions
 from aggregator.admission import cap, published
-from aggregator.rounds import Documents
 from aggregator.store import Store
-from privacy.messages import Kind, Outcome, Signed, decode
+from aggregator.versions import Documents
+from privacy.errors import TrustError
+from privacy.messages import NOTE_KINDS, Kind, Outcome, Signed, decode
 
 Admission = Callable[[Kind, int, int, bytes, Documents], None]
 
@@ -43,10 +44,21 @@ class Board:
             MachineError: it cannot be stored.
         """
         found = self._store.entry(kind, number, party)
-        if found is not None and found.digest == hashlib.sha256(data).digest():
+        if found is not None and (found.digest == hashlib.sha256(data).digest() or self._says(kind, number, party, data)):
             return "same"
         self._admission(kind, number, party, data, self._store)
         return self._store.put_once(kind, number, party, data, received_at=self._clock())
+
+    def _says(self, kind: Kind, number: int, party: int, data: bytes) -> bool:
+        """Whether the document that stands makes this very statement: an ML-DSA signature over it is another one each time."""
+        stands = self._store.get(kind, number, party)
+        if stands is None or kind in NOTE_KINDS:
+            return False
+        try:
+            one, other = decode(stands, Signed), decode(data, Signed)
+        except TrustError:
+            return False
+        return (one.type, one.sender, one.context, one.body) == (other.type, other.sender, other.context, other.body)
 
     def has(self, kind: Kind, number: int, party: int) -> bool:
         """Whether the slot is taken; cheap, for polling."""
@@ -63,11 +75,12 @@ class Board:
             RoundError: no contract is published.
             TrustError: only the coordinator writes this kind.
         """
-        return cap(kind, published(self._store))
+        both = (published(self._store), versions.in_force(self._store))
+        return max(cap(kind, each) for each in both if each is not None)
 
     def status(self) -> dict[str, object]:
         """Public facts: contract, latest epoch and round, and how the latest settled round ended. A hint, never to act on."""
-        accepted = rounds.accepted_in(self._store)
+        accepted = versions.in_force(self._store)
         settled = self._store.latest("outcome")
         raw = None if settled is None else self._store.get("outcome", settled, 0)
         ended = None if raw is None else decode(decode(raw, Signed).body, Outcome)

@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from aggregator import admission, compliance, enrolment, report, rounds
+from aggregator import admission, compliance, enrolment, report, revision, rounds, versions
 from aggregator.board import Board
 from aggregator.config import Home
 from aggregator.coordinator import Coordinator, coordinating
@@ -45,8 +45,8 @@ class Opened:
 
     @property
     def accepted(self) -> Accepted:
-        """The published contract. Raises ConfigError before there is one."""
-        accepted = rounds.accepted_in(self.store)
+        """The contract in force. Raises ConfigError before there is one."""
+        accepted = versions.in_force(self.store)
         if accepted is None:
             raise ConfigError("no contract is signed yet", hint="add the members, then run `aggregator sign`", code="no-contract")
         return accepted
@@ -106,20 +106,52 @@ def init(
         root, name="aggregator", organisation=organisation, terms=terms, host=host, port=port, database_url=database_url,
         facts={"lora_width": lora_width, "simulated": simulated},
     )  # fmt: skip
-    return {"home": str(root), "draft": str(home.draft_path), "fingerprint": keys.fingerprint(identity.public)}
+    shown = keys.fingerprint(identity.public.under(terms.signatures))
+    return {"home": str(root), "draft": str(home.draft_path), "fingerprint": shown}
 
 
 def add_member(root: Path, public: Path) -> dict[str, Any]:
     """Add the silo that introduces itself in ``public`` to the draft."""
+    return change_member(root, public)
+
+
+def change_member(root: Path, public: Path | None, *, replace: str = "", remove: str = "") -> dict[str, Any]:
+    """Add the silo that introduces itself in ``public`` to the draft, or put its keys in place of a member's, or remove one."""
+    if public is None:
+        gone = revision.remove(Home(root), remove)
+        return {"member": gone.id, "name": gone.name, "organisation": gone.organisation, "removed": True}
     try:
         raw = public.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"cannot read {public}: {error.strerror}", hint="ask the silo for its identity.pub", code="no-file"
         ) from error
-    member = enrolment.add_member(Home(root), raw)
-    fingerprint = keys.fingerprint(keys.PublicIdentity(name=member.name, sign_key=bytes.fromhex(member.sign_key)))
-    return {"member": member.id, "name": member.name, "organisation": member.organisation, "fingerprint": fingerprint}
+    member = revision.replace(Home(root), replace, raw) if replace else enrolment.add_member(Home(root), raw)
+    shown = keys.fingerprint(keys.stated(member))
+    return {"member": member.id, "name": member.name, "organisation": member.organisation, "fingerprint": shown}
+
+
+def add_guardian(root: Path, public: Path) -> dict[str, Any]:
+    """Add the guardian that introduces itself in ``public`` to the draft."""
+    try:
+        raw = public.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {public}: {error.strerror}", hint="ask the guardian for its identity.pub", code="no-file"
+        ) from error
+    guardian = enrolment.add_guardian(Home(root), raw)
+    shown = keys.fingerprint(keys.stated(guardian))
+    return {"guardian": guardian.id, "name": guardian.name, "organisation": guardian.organisation, "fingerprint": shown}
+
+
+def revise(root: Path, *, rounds: int | None = None, expires: str = "", signatures: str = "") -> dict[str, Any]:
+    """Begin the draft of the contract's next version."""
+    with opened(root) as at:
+        identity = keys.load(at.home.identity_path)
+        newest, version = revision.revise(
+            at.home, identity, at.store, rounds=rounds, expires=expires, signatures=signatures
+        )
+    return {"version": version, "previous": newest.digest.hex(), "draft": str(at.home.draft_path)}
 
 
 def sign(root: Path) -> dict[str, Any]:
@@ -142,15 +174,21 @@ def sign(root: Path) -> dict[str, Any]:
     }
 
 
-def serve(root: Path, *, host: str | None = None, port: int | None = None) -> None:
-    """Run the mailbox until it is told to stop; it holds no private key."""
-    from aggregator import service
-
+def serve(root: Path, *, host: str | None = None, port: int | None = None, folder: Path | None = None) -> None:
+    """Run the mailbox, over HTTP or in a folder, until it is told to stop; it holds no private key."""
     with opened(root) as at:
         listen = at.home.config().listen
         board = Board(at.store, admission.admit, time.time)
+        if folder is not None:
+            from aggregator import mailbox
+
+            mailbox.serve(folder.absolute(), home=at.home, store=at.store, board=board)
+            return
+        from aggregator import service
+
         service.serve(
-            service.create_app(board), host or listen.host, listen.port if port is None else port, service_file=at.home.service_path
+            service.create_app(board, at.home.log_folder), host or listen.host, listen.port if port is None else port,
+            service_file=at.home.service_path,
         )
 
 
@@ -238,6 +276,7 @@ def _settled(at: Opened) -> list[compliance.RoundFacts]:
                 outcome_digest=hashlib.sha256(body).hexdigest(),
                 state_digest=outcome.next_state.hex(),
                 bytes_in=_bytes_in(at, number),
+                stood=len(outcome.seeds) if accepted.terms.shared else None,
             )
         )
     return found

@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from aggregator import assumptions, wording
+from aggregator import assumptions, figures, wording
 from aggregator.assumptions import Assumption
 from aggregator.figures import Curve, Figure, Natural
 from aggregator.wording import Check, Fact, Item, Parameter
@@ -38,7 +38,10 @@ _LARGEST_EXPONENT = 700.0
 
 
 class RoundFacts(Fact, frozen=True, kw_only=True):
-    """One round as the aggregator stored it. Times are Unix seconds, digests hex, ``participants`` silos whose upload arrived."""
+    """One round as the aggregator stored it. Times are Unix seconds, digests hex, ``participants`` silos whose upload arrived.
+
+    ``stood``: how many of them are in the sum, where that may be fewer than all.
+    """
 
     number: Natural
     kind: Literal["result", "void", "annulled"]
@@ -49,6 +52,7 @@ class RoundFacts(Fact, frozen=True, kw_only=True):
     outcome_digest: Hex32
     state_digest: Hex32
     bytes_in: Natural
+    stood: Natural | None = None
 
 
 class Federation(Fact, frozen=True, kw_only=True):
@@ -75,6 +79,8 @@ class Adversary(Fact, frozen=True, kw_only=True):
     effective_noise_multiplier: float
     spent: Figure
     plan: Figure
+    stood: float | None = None
+    """Where silos may be away: what ``spent`` comes to with the noise that stood in each sum. Shown beside, never planned on."""
 
 
 class Odds(Fact, frozen=True, kw_only=True):
@@ -213,7 +219,7 @@ def facts(
             unit=wording.unit(terms),
             relation=wording.relation(terms),
             delta=terms.privacy.delta,
-            adversaries=_adversaries(curve, most),
+            adversaries=_adversaries(curve, most, _standing(rounds, silos)),
             odds=odds,
         ),
         mechanism=wording.parameters(terms, simulated=simulated),
@@ -284,9 +290,17 @@ def _federation(accepted: Accepted, state_digest: str) -> Federation:
     )
 
 
-def _adversaries(curve: Curve, rounds: int) -> tuple[Adversary, ...]:
+def _standing(rounds: Sequence[RoundFacts], silos: Sequence[SiloBudget]) -> list[int | None]:
+    """For each round of the silo that is charged most: how many silos stood in its sum; None without a sum, or while it is open."""
+    most = max(silos, key=lambda silo: silo.spent.rounds)
+    found = [each.stood if each.kind == "result" else None for each in rounds if most.silo in each.participants]
+    return [*found, *([None] * (most.spent.rounds - len(found)))]
+
+
+def _adversaries(curve: Curve, rounds: int, standing: Sequence[int | None]) -> tuple[Adversary, ...]:
     terms = curve.terms
     seen = federation.adversaries(terms)
+    stood = figures.stood(terms, standing) if terms.shared and not terms.is_local else {}
     return tuple(
         Adversary(
             name=name,
@@ -295,6 +309,7 @@ def _adversaries(curve: Curve, rounds: int) -> tuple[Adversary, ...]:
             effective_noise_multiplier=seen[name].effective_noise_multiplier,
             spent=curve(rounds, shares=seen[name].shares),
             plan=curve(terms.training.rounds, shares=seen[name].shares),
+            stood=stood.get(name),
         )
         for name in _ADVERSARIES
     )
@@ -320,12 +335,11 @@ def _odds(rate: float, profile: Sequence[ProfilePoint], rounds: int) -> Odds:
 
 def _silo(curve: Curve, member: federation.Member, rounds: int) -> SiloBudget:
     limit, spent = curve.terms.privacy.epsilon, curve(rounds)
-    public = keys.PublicIdentity(name=member.name, sign_key=bytes.fromhex(member.sign_key))
     return SiloBudget(
         silo=member.id,
         name=member.name,
         organisation=member.organisation,
-        fingerprint=keys.fingerprint(public),
+        fingerprint=keys.fingerprint(keys.stated(member)),
         spent=spent,
         limit=limit,
         left=max(0.0, limit - spent.epsilon),
@@ -334,10 +348,7 @@ def _silo(curve: Curve, member: federation.Member, rounds: int) -> SiloBudget:
 
 
 def _coordinator(terms: Contract) -> str:
-    who = terms.aggregator
-    return keys.fingerprint(
-        keys.PublicIdentity(name=who.name, sign_key=bytes.fromhex(who.sign_key), seal_key=bytes.fromhex(who.seal_key))
-    )
+    return keys.fingerprint(keys.stated(terms.aggregator, bytes.fromhex(terms.aggregator.seal_key)))
 
 
 def _traffic(terms: Contract, rounds: Sequence[RoundFacts], upload_bytes: int, lora_bytes: int) -> Traffic:

@@ -70,6 +70,7 @@ class Home:
         self.contract_folder = root / "contract"
         self.evidence_folder = root / "evidence"
         self.state_folder = root / "state"
+        self.log_folder = root / "log"
         self.service_path = root / "service.json"
         self.facts_path = root / "model.json"
         self.lock_path = root / "coordinator.lock"
@@ -146,7 +147,7 @@ def parse(raw: bytes) -> Config:
     """The configuration in the bytes of an ``aggregator.toml``. Raises ConfigError naming the key."""
     try:
         return msgspec.toml.decode(raw, type=Config)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(
             f"aggregator.toml: {error}", hint="the keys are name, [listen] host and port, [database] url", code="config"
         ) from error

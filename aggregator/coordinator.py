@@ -14,21 +14,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from aggregator import rounds, states
+from aggregator import consent, rounds, shares, states, versions
 from aggregator.config import Home
 from aggregator.desk import Desk, Event
-from aggregator.rounds import Epoch, Round, Words
+from aggregator.epochs import Epochs
+from aggregator.journal import ROLLED_BACK, Journal
+from aggregator.rounds import Epoch, Round
 from aggregator.store import DAMAGED, Store
-from privacy import epoch, guardian_sum, update_rule
+from privacy import guardian_sum, log, update_rule
 from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
-from privacy.federation import Accepted
-from privacy.guardian_sum import Certified, Frozen
+from privacy.federation import Accepted, Contract
 from privacy.keys import Identity
 from privacy.messages import AGGREGATOR, Outcome
+from privacy.notes import Checkpoint
 from privacy.update_rule import State
 
 
@@ -62,8 +64,13 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self._home, self._store, self._accepted = home, store, accepted
         self._seal_seed = _receive_seed(identity, accepted)
-        self._desk = Desk(store=store, identity=identity, accepted=accepted, clock=clock, sleep=sleep, progress=progress)
-        self._confirmed: Epoch | None = None
+        signer = identity.under(accepted.terms.signatures)
+        self._desk = Desk(store=store, identity=signer, accepted=accepted, clock=clock, sleep=sleep, progress=progress)
+        former = _former(store, accepted)
+        self._journal = Journal(
+            home.log_folder, store=store, identity=identity, terms=accepted.terms, clock=clock, former=former
+        )
+        self._epochs = Epochs(self._desk)
         self._reached: tuple[int, State] | None = None
 
     @property
@@ -71,6 +78,12 @@ class Coordinator:
         """The round that is open, or the number after the last settled one."""
         latest = self._store.latest("manifest") or 0
         return latest if latest and not self._desk.settled(latest) else latest + 1
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer version of the contract stands and no round is open: it is in force for a coordinator that starts now."""
+        now = versions.in_force(self._store)
+        return now is not None and now.digest != self._accepted.digest
 
     def ensure_countersigned(self) -> None:
         """Return when every member countersigned the contract.
@@ -88,15 +101,17 @@ class Coordinator:
             RoundError: a member is missing at the deadline; it is named.
             TrustError: the new epoch is refused (privacy.epoch); calling again starts another.
         """
-        latest = self._store.latest("epoch")
-        if self._confirmed is not None and self._confirmed.number == latest:
-            return self._confirmed
-        if latest is not None:
+        if self.next_round > 1:
+            self._journal.checkpoint(self.next_round)  # log: checks the table; makes the head if a killed run did not
+        latest, at = self._store.latest("epoch"), self._epochs.standing
+        if at is None and latest is not None and self._is_ours(latest):
             try:
-                return self._complete(latest)
+                at = self._epochs.complete(latest)
             except TrustError as error:
                 if _ours(error):
                     raise
+        if at is not None and (self._is_open() or not self._epochs.knocked(at)):
+            return at
         return self.new_epoch()
 
     def new_epoch(self) -> Epoch:
@@ -106,12 +121,15 @@ class Coordinator:
             RoundError: a round is open; or a member is missing at the deadline.
             TrustError: the epoch is refused (privacy.epoch).
         """
-        latest = self._store.latest("manifest") or 0
-        if latest and not self._desk.settled(latest):
+        if self._is_open():
+            latest = self._store.latest("manifest")
             raise RoundError(f"round {latest} is open", hint="end it first: run `aggregator round`", code="open-round")
-        number = (self._store.latest("epoch") or 0) + 1
-        self._desk.publish("epoch", number, self._accepted.digest, rounds.call(self._accepted, number))
-        return self._complete(number)
+        return self._epochs.call()
+
+    def _is_ours(self, number: int) -> bool:
+        """Whether this epoch was called under the contract at work here: another version starts with new keys of all."""
+        called = versions.of_epoch(self._store, number)
+        return called is not None and called.digest == self._accepted.digest
 
     def run_round(self, number: int) -> Closed:
         """Run round ``number`` to its outcome, from wherever the documents stand; a settled round is checked again.
@@ -127,6 +145,8 @@ class Coordinator:
         _, outcome = self._desk.outcome(number)
         if outcome.kind == "result":
             self._compare_digests(opened)
+        self._journal.checkpoint(number + 1)
+        self._journal.head(number + 1)  # of the last round too; before another one is opened it is waited for
         self._check_voids(number)
         entry = self._store.entry("outcome", number, AGGREGATOR)
         ended = opened.manifest.opened_at if entry is None else entry.received_at
@@ -137,6 +157,10 @@ class Coordinator:
             state=outcome.next_state,
             seconds=ended - opened.manifest.opened_at,
         )
+
+    def _is_open(self) -> bool:
+        latest = self._store.latest("manifest") or 0
+        return latest > 0 and not self._desk.settled(latest)
 
     def state(self) -> State:
         """The model state after the last settled round, from the cache or computed again from the outcomes.
@@ -149,32 +173,33 @@ class Coordinator:
             self._reached = (latest, self._derive(latest))
         return self._reached[1]
 
-    # --- Epoch -----------------------------------------------------------------------------------------------------------
-
-    def _complete(self, number: int) -> Epoch:
-        at = rounds.epoch_in(self._store, self._accepted, number)
-        if at is None:
-            self._desk.demand("epoch-note", number, shown=number)
-            roster = rounds.roster(self._accepted, number, self._desk.all("epoch-note", number))
-            body = self._desk.publish("roster", number, self._accepted.digest, roster)
-            at = Epoch(number=number, context=epoch.epoch_ctx(self._accepted.digest, number, body))
-        self._desk.demand("pair-seeds", number, shown=number)
-        self._desk.demand("confirmation", number, shown=number)
-        tags = self._desk.all("confirmation", number)
-        epoch.check_confirmations(tags, accepted=self._accepted, context=at.context, epoch=number)
-        self._confirmed = at
-        return at
-
     # --- Round -----------------------------------------------------------------------------------------------------------
 
     def _open(self, number: int) -> Round:
         self._check_may_open(number)
         at = self.ensure_epoch()
         manifest = rounds.manifest(
-            accepted=self._accepted, at=at, number=number, previous=self._previous(number), state=self.state(), now=self._desk.now()
-        )
+            accepted=self._accepted, at=at, number=number, previous=self._previous(number), state=self.state(),
+            now=self._desk.now(), head=self._head(number),
+        )  # fmt: skip
         body = self._desk.publish("manifest", number, at.context, manifest)
-        return Round(manifest=manifest, ctx=guardian_sum.round_ctx(body), context=at.context)
+        return Round(manifest=manifest, ctx=guardian_sum.round_ctx(body), context=at.context, silos=at.silos)
+
+    def _head(self, number: int) -> Checkpoint:
+        """The head on which the round is opened: it covers the outcome before, or the first roster, and a quorum cosigned it."""
+        self._journal.checkpoint(number)
+        deadline_at = self._desk.now() + self._accepted.terms.sum.deadline_s
+        cosigners, quorum = tuple(log.cosigners(self._accepted.terms)), self._accepted.terms.quorum
+        missing = self._desk.collect(
+            "cosignature", number, shown=number, deadline_at=deadline_at, parties=cosigners, enough=quorum
+        )
+        head = self._journal.head(number)
+        if head is None:
+            raise RoundError(
+                f"no cosignature {number} of the log from parties {list(missing)} by the deadline, {quorum} are needed",
+                hint="start them, then run the same command again", code="absent", missing=list(missing),
+            )  # fmt: skip
+        return head
 
     def _check_may_open(self, number: int) -> None:
         terms = self._accepted.terms
@@ -199,72 +224,42 @@ class Coordinator:
             self._check_voids(number - 1)
             before = self._desk.round(number - 1)
             # A silo acknowledges in the epoch of the round; in a later one the manifest's base state says the same.
-            if before.manifest.epoch == self._store.latest("epoch") and self._desk.outcome(number - 1)[1].kind == "result":
+            is_here = before.manifest.epoch == self._store.latest("epoch") and self._is_ours(before.manifest.epoch)
+            if is_here and self._desk.outcome(number - 1)[1].kind == "result":
                 self._compare_digests(before)
 
     def _close(self, opened: Round) -> None:
-        """Bring an open round to its outcome; a faulty document closes it as void and is raised."""
+        """Bring an open round to its outcome; a faulty document ends it without a sum and is raised."""
+        summed = shares.summed if self._accepted.terms.shared else consent.summed
+        fault, state = None, self.state()
         try:
-            reason = self._sum(opened)
+            ended = summed(self._desk, opened, state, self._seal_seed)
         except TrustError as error:
             if _ours(error):
                 raise
-            self._settle(opened, rounds.void(opened, self.state(), f"refused: {error.code}"), self.state())
-            raise
-        if reason:
-            self._settle(opened, rounds.void(opened, self.state(), reason), self.state())
-
-    def _sum(self, opened: Round) -> str:
-        """Why there is no sum ("absent"), or "" once the result stands."""
-        number = opened.number
-        if self._desk.collect("upload", number, shown=number, deadline_at=opened.manifest.deadline_at):
-            return rounds.ABSENT
-        frozen = self._freeze(opened)
-        if self._desk.collect("consent", number, shown=number, deadline_at=self._desk.deadline_after("freeze", number)):
-            return rounds.ABSENT
-        certificate, certified = rounds.certificate(self._accepted, opened, frozen, self._desk.all("consent", number))
-        self._desk.publish("certificate", number, opened.context, certificate)
-        if self._desk.collect("release", number, shown=number, deadline_at=self._desk.deadline_after("certificate", number)):
-            return rounds.ABSENT
-        seeds = self._seeds(opened, certified)
-        vectors = _Vectors(self._desk, frozen, self._seal_seed, opened)
-        total = guardian_sum.unmask(vectors, seeds, certified)
-        outcome, after = rounds.result(self._accepted, opened, self.state(), certified, total, seeds, vectors)
-        self._settle(opened, outcome, after)
-        return ""
-
-    def _freeze(self, opened: Round) -> Frozen:
-        headers = {silo: self._desk.upload(opened, silo).header for silo in self._desk.members}
-        freeze, frozen = rounds.freeze(self._accepted, opened, headers)
-        if self._store.entry("freeze", opened.number, AGGREGATOR) is None:
-            vectors = _Vectors(self._desk, frozen, self._seal_seed, opened)
-            for silo in vectors:
-                vectors[silo]  # opens, or raises with the silo's name, while nobody has consented yet
-        self._desk.publish("freeze", opened.number, opened.context, freeze)
-        return frozen
-
-    def _seeds(self, opened: Round, certified: Certified) -> dict[int, bytes]:
-        releases = self._desk.all("release", opened.number)
-        return {
-            member.id: guardian_sum.open_release(
-                releases[member.id], certified, member=member, epoch_ctx=opened.context, seal_seed=self._seal_seed
-            )
-            for member in self._accepted.terms.member
-        }
+            fault, ended = error, f"refused: {error.code}"
+        if isinstance(ended, str):
+            shared = self._accepted.terms.shared
+            made = shares.closed(self._desk, opened, state, ended) if shared else rounds.void(opened, state, ended)
+            ended = made, state
+        self._settle(opened, *ended)
+        if fault is not None:
+            raise fault
 
     def _settle(self, opened: Round, outcome: Outcome, after: State) -> None:
         self._desk.publish("outcome", opened.number, opened.context, outcome)
+        self._journal.checkpoint(opened.number + 1)
         self._reached = (opened.number, after)
         states.save(self._home.state_folder, opened.number, after)
-        self._desk.tell(opened.number, "outcome", len(self._desk.members), self._desk.now() - opened.manifest.opened_at)
+        every = len(opened.silos)
+        self._desk.tell(opened.number, "outcome", every, self._desk.now() - opened.manifest.opened_at, expected=every)
 
     def _compare_digests(self, opened: Round) -> None:
         number = opened.number
-        self._desk.demand("acknowledgement", number, shown=number)
         mine = self._desk.outcome(number)[1].next_state
         stated = {
-            member.id: rounds.open_acknowledgement(self._desk.read("acknowledgement", number, member.id), opened, member).state
-            for member in self._accepted.terms.member
+            silo: rounds.open_acknowledgement(raw, opened, self._accepted.terms.by_id(silo)).state
+            for silo, raw in self._acknowledged(opened).items()
         }
         if apart := {silo: state.hex()[:16] for silo, state in stated.items() if state != mine}:
             raise RoundError(
@@ -273,6 +268,24 @@ class Coordinator:
                 hint="compare the numpy versions and processors of these silos; no further round is opened",
                 silos=sorted(apart),
             )
+
+    def _acknowledged(self, opened: Round) -> dict[int, bytes]:
+        """The silos' last words on a round: of all, in share mode of those in the sum, of which at least u_min must speak."""
+        number, terms = opened.number, self._accepted.terms
+        if not terms.shared:
+            self._desk.demand("acknowledgement", number, shown=number)
+            return self._desk.all("acknowledgement", number, self._desk.members)
+        summed = tuple(silo for silo, _ in self._desk.outcome(number)[1].seeds)
+        deadline_at = self._desk.deadline_after("outcome", number)
+        self._desk.collect("acknowledgement", number, shown=number, deadline_at=deadline_at, parties=summed)
+        here = self._store.parties("acknowledgement", number)
+        if len(here) < terms.fewest:
+            missing = [silo for silo in opened.silos if silo not in here]
+            raise RoundError(
+                f"no acknowledgement {number} from silos {missing} by the deadline: {len(here)} are here, {terms.fewest} needed",
+                hint="start them, then run the same command again", code="absent", missing=missing,
+            )  # fmt: skip
+        return self._desk.all("acknowledgement", number, here)
 
     def _check_voids(self, number: int) -> None:
         """Return unless as many rounds up to this one as the contract allows charged every silo and moved nothing."""
@@ -299,26 +312,10 @@ class Coordinator:
             return cached
         state = update_rule.initial(self._accepted.terms)
         for each in range(1, number + 1):
-            state = rounds.settle(state, self._desk.outcome(each)[1], self._accepted.terms)
+            under = versions.of_round(self._store, each) or self._accepted
+            state = rounds.settle(state, self._desk.outcome(each)[1], under.terms)
         states.save(self._home.state_folder, number, state)
         return state
-
-
-class _Vectors(Mapping[int, Words]):
-    """The masked vectors of a set, each read from the board, opened and checked when it is asked for."""
-
-    def __init__(self, desk: Desk, frozen: Frozen, seal_seed: bytes, opened: Round) -> None:
-        self._desk, self._headers, self._seal_seed, self._opened = desk, frozen.headers, seal_seed, opened
-
-    def __getitem__(self, silo: int) -> Words:
-        upload = self._desk.upload(self._opened, silo)
-        return guardian_sum.open_upload(upload, self._headers[silo], seal_seed=self._seal_seed)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._headers)
-
-    def __len__(self) -> int:
-        return len(self._headers)
 
 
 @contextlib.contextmanager
@@ -333,10 +330,16 @@ def coordinating(
         ConfigError: no contract is signed yet, or the identity is not its aggregator.
     """
     with home.locked():
-        accepted = rounds.accepted_in(store)
+        accepted = versions.in_force(store)
         if accepted is None:
             raise ConfigError("no contract is signed yet", hint="add the members, then run `aggregator sign`", code="no-contract")
         yield Coordinator(home=home, store=store, identity=identity, accepted=accepted, clock=clock, sleep=sleep, progress=progress)
+
+
+def _former(store: Store, accepted: Accepted) -> tuple[Contract, ...]:
+    """The terms of the versions before this one, each of which follows the one before it."""
+    chain = versions.lineage(store, accepted.terms.version)
+    return () if chain is None else tuple(each.terms for each in chain.versions[:-1])
 
 
 def _receive_seed(identity: Identity, accepted: Accepted) -> bytes:
@@ -345,7 +348,8 @@ def _receive_seed(identity: Identity, accepted: Accepted) -> bytes:
         raise ConfigError(
             "this identity cannot receive", hint="use the aggregator.key that `aggregator init` made", code="identity"
         )
-    if public.sign_key.hex() != named.sign_key or public.seal_key.hex() != named.seal_key:
+    held = public.under(accepted.terms.signatures).verify_key
+    if held != named.verify_key or public.seal_key.hex() != named.seal_key:
         raise ConfigError(
             f"the key here is {public.sign_key.hex()[:16]}…, the contract names {named.sign_key[:16]}…",
             hint="use the aggregator.key with which the contract was signed",
@@ -356,4 +360,4 @@ def _receive_seed(identity: Identity, accepted: Accepted) -> bytes:
 
 def _ours(error: TrustError) -> bool:
     """Whether the fault lies on this machine and not in a silo's document: then nothing is closed because of it."""
-    return isinstance(error, Equivocation) or error.code in (DAMAGED, "outcome")
+    return isinstance(error, Equivocation) or error.code in (DAMAGED, ROLLED_BACK, "outcome")

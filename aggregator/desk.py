@@ -7,18 +7,19 @@ at the store every ``POLL_S`` seconds through an injected ``sleep``; nothing her
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from aggregator import rounds
-from aggregator.rounds import Round
+from aggregator.rounds import Round, Words
 from aggregator.store import Store
-from privacy.envelope import sign
-from privacy.errors import RoundError
+from privacy import guardian_sum
+from privacy.envelope import open_signed, sign
+from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted
 from privacy.keys import Identity
-from privacy.messages import AGGREGATOR, Kind, Outcome, Upload, Wire, encode
+from privacy.messages import AGGREGATOR, Header, Kind, Outcome, Signed, Upload, Wire, decode, encode
 
 POLL_S: Final = 0.02
 _REPORT_S: Final = 1.0
@@ -50,6 +51,8 @@ class Desk:
     ) -> None:  # fmt: skip
         self.store, self.accepted = store, accepted
         self.members = tuple(member.id for member in accepted.terms.member)
+        self.faults: list[TrustError] = []
+        """What was found wrong with single parties' documents and did not end a round."""
         self._identity, self._clock, self._sleep, self._progress = identity, clock, sleep, progress
 
     def now(self) -> float:
@@ -63,49 +66,74 @@ class Desk:
             Equivocation: another document stands there.
         """
         body = encode(message)
+        found = self.store.get(kind, number, AGGREGATOR)
+        if found is not None and decode(found, Signed).body == body:  # a signature may be another one each time
+            key = self.accepted.terms.aggregator.verify_key
+            return open_signed(found, type=kind, context=context, sender=AGGREGATOR, key=key)
         raw = sign(self._identity, type=kind, context=context, sender=AGGREGATOR, body=body)
         self.store.put_once(kind, number, AGGREGATOR, raw, received_at=self._clock())
         return body
 
-    def demand(self, kind: Kind, number: int, *, shown: int, hint: str = "start them, then run the same command again") -> None:
-        """Return when every member's document is here.
+    def demand(
+        self, kind: Kind, number: int, *, shown: int, hint: str = "start them, then run the same command again",
+        parties: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """Return when every member's document is here, or that of all ``parties``.
 
         Raises:
             RoundError: some are missing after the contract's deadline, counted from now; they are named.
         """
-        missing = self.collect(kind, number, shown=shown, deadline_at=self._clock() + self.accepted.terms.sum.deadline_s)
+        deadline_at = self._clock() + self.accepted.terms.sum.deadline_s
+        missing = self.collect(kind, number, shown=shown, deadline_at=deadline_at, parties=parties)
         if missing:
             raise RoundError(
                 f"no {kind} {number} from silos {list(missing)} by the deadline", hint=hint, code="absent", missing=list(missing)
             )
 
-    def collect(self, kind: Kind, number: int, *, shown: int, deadline_at: float) -> tuple[int, ...]:
-        """Wait until every member's document is here, or the deadline; who is missing. ``shown`` is the event's round."""
+    def collect(
+        self, kind: Kind, number: int, *, shown: int, deadline_at: float, parties: tuple[int, ...] = (), enough: int = 0
+    ) -> tuple[int, ...]:
+        """Wait until every member's document is here, or the deadline; who is missing. ``shown`` is the event's round.
+
+        Args:
+            parties: whose documents, if not the members'.
+            enough: how many of them end the wait, if not all.
+        """
+        parties = parties or self.members
+        arrived = self.until(
+            kind, number, shown=shown, deadline_at=deadline_at, parties=parties,
+            done=lambda arrived: len(arrived) >= (enough or len(parties)),
+        )  # fmt: skip
+        return tuple(party for party in parties if party not in arrived)
+
+    def until(
+        self, kind: Kind, number: int, *, shown: int, deadline_at: float, parties: tuple[int, ...],
+        done: Callable[[frozenset[int]], bool],
+    ) -> frozenset[int]:  # fmt: skip
+        """Wait until ``done`` says so of those of ``parties`` whose documents are here, or the deadline; who they are."""
         start = self._clock()
         told: tuple[int, float] = (-1, start)
         while True:
-            arrived = set(self.store.parties(kind, number))
-            missing = tuple(silo for silo in self.members if silo not in arrived)
-            here, now = len(self.members) - len(missing), self._clock()
-            if here != told[0] or now - told[1] >= _REPORT_S:
-                told = (here, now)
-                self.tell(shown, kind, here, now - start)
-            if not missing or now >= deadline_at:
-                return missing
+            arrived, now = frozenset(self.store.parties(kind, number)).intersection(parties), self._clock()
+            if len(arrived) != told[0] or now - told[1] >= _REPORT_S:
+                told = (len(arrived), now)
+                self.tell(shown, kind, len(arrived), now - start, expected=len(parties))
+            if done(arrived) or now >= deadline_at:
+                return arrived
             self._sleep(POLL_S)
 
-    def tell(self, shown: int, step: Kind, arrived: int, seconds: float) -> None:
+    def tell(self, shown: int, step: Kind, arrived: int, seconds: float, *, expected: int) -> None:
         """Report progress."""
-        self._progress(Event(round=shown, step=step, arrived=arrived, expected=len(self.members), seconds=seconds))
+        self._progress(Event(round=shown, step=step, arrived=arrived, expected=expected, seconds=seconds))
 
     def deadline_after(self, kind: Kind, number: int) -> float:
         """When the step after one of the aggregator's documents must be complete."""
         entry = self.store.entry(kind, number, AGGREGATOR)
         return self.accepted.terms.sum.deadline_s + (self._clock() if entry is None else entry.received_at)
 
-    def all(self, kind: Kind, number: int) -> dict[int, bytes]:
-        """Every member's document by silo. Raises RoundError when one is missing."""
-        return {silo: self.read(kind, number, silo) for silo in self.members}
+    def all(self, kind: Kind, number: int, parties: Iterable[int]) -> dict[int, bytes]:
+        """The documents of these parties. Raises RoundError when one is missing."""
+        return {party: self.read(kind, number, party) for party in sorted(parties)}
 
     def read(self, kind: Kind, number: int, party: int) -> bytes:
         """One document. Raises RoundError when it is missing."""
@@ -140,3 +168,25 @@ class Desk:
         if found is None:
             raise RoundError(f"round {number} has no outcome", hint="run the same command again", code="missing")
         return found
+
+
+class Vectors(Mapping[int, Words]):
+    """The masked vectors of these headers, each read from the board, opened and checked when it is asked for."""
+
+    def __init__(self, desk: Desk, headers: Mapping[int, Header], seal_seed: bytes, opened: Round) -> None:
+        self._desk, self._headers, self._seal_seed, self._opened = desk, headers, seal_seed, opened
+
+    def __getitem__(self, silo: int) -> Words:
+        upload = self._desk.upload(self._opened, silo)
+        return guardian_sum.open_upload(upload, self._headers[silo], seal_seed=self._seal_seed)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    def check(self) -> None:
+        """Return if all of them open and match their headers. Raises TrustError with the silo's name."""
+        for silo in self:
+            self[silo]

@@ -7,6 +7,8 @@ Promised: each figure is ``accounting.certify`` of the contract's mechanism at t
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -14,6 +16,7 @@ import msgspec
 from aggregator.wording import Fact
 from privacy import accounting, federation
 from privacy.federation import Contract
+from privacy.mechanism import LatticeGaussian
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -26,6 +29,19 @@ class Figure(Fact, frozen=True, kw_only=True):
     epsilon: float
     epsilon_pld: float | None
     epsilon_rdp: float
+
+
+def stood(terms: Contract, standing: Sequence[int | None]) -> dict[str, float]:
+    """What rounds cost that are over, by adversary, with the noise that stood: an odometer, not the plan's guarantee.
+
+    Args:
+        standing: for each charged round how many silos were in its sum; None where there was none, taken as the fewest.
+    """
+    events: dict[str, list[LatticeGaussian]] = {}
+    for silos, count in Counter(standing).items():
+        for name, event in federation.adversaries(terms, standing=silos, rounds=count).items():
+            events.setdefault(name, []).append(event)
+    return {name: accounting.certify(each, terms.privacy.delta).epsilon for name, each in events.items()}
 
 
 class Curve:

@@ -13,13 +13,15 @@ its reason is "rejected".
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregator import versions
+from aggregator.versions import Documents
 from privacy import envelope, epoch, federation, guardian_sum, ring, update_rule
 from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member
@@ -29,6 +31,7 @@ from privacy.messages import (
     Acknowledgement,
     Certificate,
     EpochCall,
+    EpochNote,
     Freeze,
     Kind,
     Manifest,
@@ -39,6 +42,7 @@ from privacy.messages import (
     Wire,
     decode,
 )
+from privacy.notes import Checkpoint
 from privacy.update_rule import State
 
 Words = NDArray[np.uint32]
@@ -49,37 +53,23 @@ REJECTED: Final = "rejected"
 NO_FROZEN: Final = b""
 
 
-class Documents(Protocol):
-    """Read access to the board; aggregator.store.Store is one, a dictionary in the tests another."""
-
-    def get(self, kind: str, number: int, party: int) -> bytes | None:
-        """The document in this slot, or None."""
-        ...
-
-    def parties(self, kind: str, number: int) -> tuple[int, ...]:
-        """Who wrote one of this kind and number, ascending."""
-        ...
-
-    def latest(self, kind: str) -> int | None:
-        """The highest number of this kind, or None."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """An epoch whose roster stands: its number and epoch_ctx."""
+    """An epoch whose roster stands: its number, epoch_ctx, and E, the silos that take part in it, ascending."""
 
     number: int
     context: bytes
+    silos: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """An opened round: its manifest, round_ctx, and the epoch_ctx in which all its documents are signed."""
+    """An opened round: its manifest, round_ctx, the epoch_ctx in which all its documents are signed, and the epoch's silos."""
 
     manifest: Manifest
     ctx: bytes
     context: bytes
+    silos: tuple[int, ...]
 
     @property
     def number(self) -> int:
@@ -92,15 +82,7 @@ class Round:
 
 def accepted_in(documents: Documents) -> Accepted | None:
     """The latest contract on the board, its signature verified, or None before the first."""
-    version = documents.latest("contract")
-    raw = None if version is None else documents.get("contract", version, AGGREGATOR)
-    return None if raw is None else open_contract(raw)
-
-
-@functools.lru_cache(maxsize=4)
-def open_contract(raw: bytes) -> Accepted:
-    """``privacy.envelope.open_contract``, once for the same bytes: every document that comes in asks for it."""
-    return envelope.open_contract(raw)
+    return versions.newest(documents)
 
 
 def own(documents: Documents, accepted: Accepted, kind: Kind, number: int, context: bytes) -> bytes | None:
@@ -113,13 +95,21 @@ def own(documents: Documents, accepted: Accepted, kind: Kind, number: int, conte
 
 
 def epoch_in(documents: Documents, accepted: Accepted, number: int) -> Epoch | None:
-    """The epoch with this number, or None while its roster does not stand."""
+    """The epoch with this number, or None while its roster does not stand; by the contract of its call, not by ``accepted``."""
+    accepted = versions.of_epoch(documents, number) or accepted
     body = own(documents, accepted, "roster", number, accepted.digest)
-    return None if body is None else Epoch(number=number, context=epoch.epoch_ctx(accepted.digest, number, body))
+    return None if body is None else _epoch_of(accepted.digest, number, body)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_of(contract: bytes, number: int, body: bytes) -> Epoch:
+    """The epoch of a roster that is the aggregator's own; once for the same bytes."""
+    notes = (decode(decode(raw, Signed).body, EpochNote) for raw in decode(body, Roster).notes)
+    return Epoch(number=number, context=epoch.epoch_ctx(contract, number, body), silos=tuple(note.silo for note in notes))
 
 
 def round_in(documents: Documents, accepted: Accepted, number: int) -> Round | None:
-    """The round with this number, or None while its manifest does not stand.
+    """The round with this number, or None while its manifest does not stand; by the contract of its epoch, as ``epoch_in``.
 
     Raises:
         TrustError: the manifest is not the aggregator's, or names an epoch that does not stand.
@@ -128,17 +118,19 @@ def round_in(documents: Documents, accepted: Accepted, number: int) -> Round | N
     if raw is None:
         return None
     stated = decode(decode(raw, Signed).body, Manifest)
+    accepted = versions.of_epoch(documents, stated.epoch) or accepted
     at = epoch_in(documents, accepted, stated.epoch)
     if at is None or at.context != stated.epoch_ctx:
         raise TrustError(
             f"the manifest of round {number} names another epoch {stated.epoch} than the board has", hint="keep it, it is evidence"
         )
     body = own(documents, accepted, "manifest", number, at.context)
-    return Round(manifest=stated, ctx=guardian_sum.round_ctx(body or b""), context=at.context)
+    return Round(manifest=stated, ctx=guardian_sum.round_ctx(body or b""), context=at.context, silos=at.silos)
 
 
 def outcome_in(documents: Documents, accepted: Accepted, opened: Round) -> tuple[bytes, Outcome] | None:
     """The round's outcome as (body, message), or None while it is open."""
+    accepted = versions.of_epoch(documents, opened.manifest.epoch) or accepted
     body = own(documents, accepted, "outcome", opened.number, opened.context)
     return None if body is None else (body, decode(body, Outcome))
 
@@ -151,14 +143,20 @@ def call(accepted: Accepted, number: int) -> EpochCall:
     return EpochCall(contract=accepted.digest, epoch=number)
 
 
-def roster(accepted: Accepted, number: int, notes: Mapping[int, bytes]) -> Roster:
-    """The roster of all members' notes.
+def roster(accepted: Accepted, number: int, notes: Mapping[int, bytes], guardians: Mapping[int, bytes] | None = None) -> Roster:
+    """The roster of all members' notes; in share mode of the notes that are given: of at least u_min silos and q guardians.
 
     Raises:
-        RoundError: a member's note is missing.
+        RoundError: a note that is needed is missing.
         TrustError: privacy.epoch.check_roster refuses it; the message names the silos.
     """
-    made = Roster(contract=accepted.digest, epoch=number, notes=_by_member(accepted.terms, notes, "epoch note"))
+    terms, given = accepted.terms, guardians or {}
+    if terms.shared and len(notes) >= terms.fewest:
+        chosen = tuple(notes[silo] for silo in sorted(notes))
+    else:
+        chosen = _by_party([member.id for member in terms.member], notes, "epoch note")
+    watching = tuple(given[guardian] for guardian in sorted(given))
+    made = Roster(contract=accepted.digest, epoch=number, notes=chosen, guardians=watching)
     epoch.check_roster(made, accepted)
     return made
 
@@ -166,13 +164,15 @@ def roster(accepted: Accepted, number: int, notes: Mapping[int, bytes]) -> Roste
 # --- Round ---------------------------------------------------------------------------------------------------------------
 
 
-def manifest(*, accepted: Accepted, at: Epoch, number: int, previous: bytes, state: State, now: float) -> Manifest:
-    """What round ``number`` is: the contract's integer plan, the state it starts from, and when uploads must be here."""
+def manifest(
+    *, accepted: Accepted, at: Epoch, number: int, previous: bytes, state: State, now: float, head: Checkpoint
+) -> Manifest:
+    """What round ``number`` is: the contract's integer plan, its first state, when uploads must be here, the log's head."""
     plan = federation.ring_plan(accepted.terms)
     return Manifest(
         epoch_ctx=at.context, epoch=at.number, round=number, previous=previous, base_state=state.digest,
         dimension=accepted.terms.dimension, ring_bits=32, lattice_bits=plan.lattice_bits, clamp=plan.clamp,
-        opened_at=int(now), deadline_at=int(now) + accepted.terms.sum.deadline_s,
+        opened_at=int(now), deadline_at=int(now) + accepted.terms.sum.deadline_s, log_size=head.size, log_root=head.root,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def freeze(accepted: Accepted, opened: Round, headers: Mapping[int, bytes]) -> t
         RoundError: a member's header is missing.
         TrustError: privacy.guardian_sum.check_freeze refuses the set; the message names the silos.
     """
-    made = Freeze(round_ctx=opened.ctx, headers=_by_member(accepted.terms, headers, "upload"))
+    made = Freeze(round_ctx=opened.ctx, headers=_by_party(opened.silos, headers, "upload"))
     frozen = guardian_sum.check_freeze(made, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx, own_header=None)
     return made, frozen
 
@@ -195,7 +195,7 @@ def certificate(accepted: Accepted, opened: Round, frozen: Frozen, consents: Map
         RoundError: a consent is missing.
         TrustError: one is not for this set; the message names the silo.
     """
-    made = Certificate(round_ctx=opened.ctx, frozen=frozen.digest, consents=_by_member(accepted.terms, consents, "consent"))
+    made = Certificate(round_ctx=opened.ctx, frozen=frozen.digest, consents=_by_party(opened.silos, consents, "consent"))
     return made, guardian_sum.check_certificate(made, frozen, accepted=accepted, epoch_ctx=opened.context)
 
 
@@ -207,22 +207,26 @@ def result(
     total: Words,
     seeds: Mapping[int, bytes],
     vectors: Mapping[int, Words],
+    pair_keys: Mapping[tuple[int, int], bytes] | None = None,
 ) -> tuple[Outcome, State]:
     """The outcome of a round that was summed, with all that a silo needs to sum it again, and the state after it."""
-    after, reason = apply(state, total, accepted.terms)
+    after, reason = apply(state, total, accepted.terms, silos=len(seeds))
     made = Outcome(
         round_ctx=opened.ctx, round=opened.number, kind="result", reason=reason, frozen=certified.frozen.digest,
         total=total.astype("<u4").tobytes(), seeds=tuple(sorted(seeds.items())),
         vectors=tuple((silo, vectors[silo].astype("<u4").tobytes()) for silo in sorted(vectors)), next_state=after.digest,
+        pair_keys=tuple((i, j, key) for (i, j), key in sorted((pair_keys or {}).items())),
     )  # fmt: skip
     return made, after
 
 
-def void(opened: Round, state: State, reason: str) -> Outcome:
-    """The outcome of a round that ends without a sum; the state does not move."""
+def void(
+    opened: Round, state: State, reason: str, *, kind: Literal["void", "annulled"] = "void", closes: tuple[bytes, ...] = ()
+) -> Outcome:
+    """The outcome of a round that ends without a sum; the state does not move. In share mode q guardians' ``closes`` say so."""
     return Outcome(
-        round_ctx=opened.ctx, round=opened.number, kind="void", reason=reason, frozen=NO_FROZEN, total=b"", seeds=(), vectors=(),
-        next_state=state.digest,
+        round_ctx=opened.ctx, round=opened.number, kind=kind, reason=reason, frozen=NO_FROZEN, total=b"", seeds=(), vectors=(),
+        next_state=state.digest, closes=closes,
     )  # fmt: skip
 
 
@@ -256,17 +260,18 @@ def open_acknowledgement(raw: bytes, opened: Round, member: Member) -> Acknowled
     return stated
 
 
-def apply(state: State, total: Words, terms: Contract) -> tuple[State, str]:
-    """The state after a sum, and the outcome's reason: "" when it moved, "rejected" when the sum was not to be believed.
+def apply(state: State, total: Words, terms: Contract, *, silos: int | None = None) -> tuple[State, str]:
+    """The state after a sum of so many silos (None: of all), and the outcome's reason: "" when it moved, "rejected" when the sum
+    was not to be believed.
 
     Raises:
         MachineError: this machine's floating point is not IEEE 754.
     """
     lifted = ring.lift(total)
-    if not update_rule.accepts(lifted, terms):
+    if not update_rule.accepts(lifted, terms, silos=silos):
         return state, REJECTED
     try:
-        return update_rule.advance(state, lifted, terms), ""
+        return update_rule.advance(state, lifted, terms, silos=silos), ""
     except RoundError:  # not finite
         return state, REJECTED
 
@@ -286,7 +291,7 @@ def settle(state: State, outcome: Outcome, terms: Contract) -> State:
     if outcome.kind == "result":
         if len(outcome.total) != 4 * terms.dimension:
             raise _other_state(outcome, f"its sum has {len(outcome.total)} bytes, the contract has {4 * terms.dimension}")
-        after, reason = apply(state, np.frombuffer(outcome.total, dtype="<u4"), terms)
+        after, reason = apply(state, np.frombuffer(outcome.total, dtype="<u4"), terms, silos=len(outcome.seeds))
         if reason != outcome.reason:
             raise _other_state(outcome, f"its reason is {outcome.reason!r}, the arithmetic gives {reason!r}")
     if after.digest != outcome.next_state:
@@ -296,13 +301,13 @@ def settle(state: State, outcome: Outcome, terms: Contract) -> State:
     return after
 
 
-def _by_member(terms: Contract, documents: Mapping[int, bytes], what: str) -> tuple[bytes, ...]:
-    missing = [member.id for member in terms.member if member.id not in documents]
+def _by_party(parties: Sequence[int], documents: Mapping[int, bytes], what: str) -> tuple[bytes, ...]:
+    missing = [party for party in parties if party not in documents]
     if missing:
         raise RoundError(
             f"no {what} from silos {missing}", hint="start them, then run the same command again", code="absent", missing=missing
         )
-    return tuple(documents[member.id] for member in terms.member)
+    return tuple(documents[party] for party in parties)
 
 
 def _other_state(outcome: Outcome, why: str) -> TrustError:

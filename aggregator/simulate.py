@@ -22,6 +22,7 @@ from aggregator.coordinator import Closed
 from aggregator.dealing import Dealt, deal, default_delta
 from aggregator.desk import Event
 from aggregator.draft import Terms
+from aggregator.drops import Drops, check_drops, first_epoch
 from aggregator.processes import Children, children
 from privacy import accounting
 from privacy.errors import ConfigError, MachineError, TrustError
@@ -30,6 +31,8 @@ from privacy.federation import Model, mechanism
 _START_S = 60.0
 _END_S = 120.0
 _SILO_LIMIT = 1.25
+_SHORT_S = 30
+"""The deadline where silos are to be away on purpose: everybody waits for them that long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,9 @@ class Settings:
     basis: str = defaults.BASIS
     targets: tuple[str, ...] = (defaults.TARGETS,)
     last_layers: int | None = defaults.LAST_LAYERS
+    protocol: str = "consent"
+    dropouts: int = 0
+    drops: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +175,7 @@ def _check(settings: Settings) -> None:
             hint="leave --steps-per-round out, or use --mode local",
             code="mode",
         )
+    check_drops(settings.drops, rounds=settings.rounds, names=_names(settings.silos), dropouts=settings.dropouts)
     if settings.home.exists() and any(settings.home.iterdir()):
         raise ConfigError(
             f"{settings.home} is not empty",
@@ -226,6 +233,9 @@ def terms_of(settings: Settings, dealt: Dealt, delta: float, *, model: Model, mo
         max_grad_norm=settings.max_grad_norm,
         epsilon=settings.epsilon,
         delta=delta,
+        protocol=settings.protocol,
+        dropouts=settings.dropouts,
+        deadline_s=_SHORT_S if settings.drops else Terms.deadline_s,
     )
 
 
@@ -260,7 +270,10 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
         running.check()
         time.sleep(seconds)
 
+    drops = Drops(settings.drops, settings.rounds, aggregator.parent, running)
+
     def told(event: Event) -> None:
+        drops.look(event)
         progress(
             Step(
                 text=event.step,
@@ -277,10 +290,11 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
         curve = accounting.Curve(mechanism(terms), terms.privacy.delta)
         curve(terms.training.steps_per_round)  # the first figure loads the accountants: now, while the silos start
         coordinator.ensure_countersigned()
-        coordinator.ensure_epoch()
+        first_epoch(coordinator)
         for number in range(1, settings.rounds + 1):
             start = time.monotonic()
             closed = coordinator.run_round(number)
+            drops.after(number)
             progress(
                 Step(
                     text=closed.kind,
@@ -359,7 +373,11 @@ def _seconds_per_round(facts: Report) -> float:
 
 
 def _silo_names(dealt: Dealt) -> list[str]:
-    return [f"silo-{number}" for number in range(1, len(dealt.shares) + 1)]
+    return _names(len(dealt.shares))
+
+
+def _names(silos: int) -> list[str]:
+    return [f"silo-{number}" for number in range(1, silos + 1)]
 
 
 def _write_rows(path: Path, records: Sequence[Mapping[str, object]]) -> None:

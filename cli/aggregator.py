@@ -9,13 +9,26 @@ from typing import Annotated
 import typer
 
 from aggregator import defaults
+from cli import guard, members, simulate, verify
 from cli.errors import run
-from cli.options import HERE, SETTINGS, AggregatorHome, Basis, Json, LastLayers, Rank, SamplingRate, Targets, Units
+from cli.options import (
+    HERE,
+    MODE_HELP,
+    SETTINGS,
+    STEPS_HELP,
+    AggregatorHome,
+    Basis,
+    Dropouts,
+    Json,
+    LastLayers,
+    Protocol,
+    Rank,
+    SamplingRate,
+    Targets,
+    Units,
+    words,
+)
 from privacy import lifeline
-
-_MODE = "joint: a round is one private step over all silos; local: steps of each silo alone, then the mean of their changes"
-_STEPS = f"local mode: private steps that each silo takes in a round; {defaults.STEPS_PER_ROUND['local']} unless given"
-_ROUNDS = f"private rounds; {defaults.ROUNDS['joint']}, or {defaults.ROUNDS['local']} in local mode, unless given"
 
 app = typer.Typer(
     name="aggregator",
@@ -42,8 +55,8 @@ def init(
     labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order")],
     units: Units,
     rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
-    mode: Annotated[str, typer.Option(help=_MODE)] = "joint",
-    steps_per_round: Annotated[int | None, typer.Option(min=1, help=_STEPS)] = None,
+    mode: Annotated[str, typer.Option(help=MODE_HELP)] = "joint",
+    steps_per_round: Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)] = None,
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
     targets: Targets = defaults.TARGETS,
     last_layers: LastLayers = defaults.LAST_LAYERS,
@@ -60,6 +73,9 @@ def init(
     sampling_rate: SamplingRate = defaults.SAMPLING_RATE,
     learning_rate: Annotated[float, typer.Option(help="the update rule's step")] = defaults.LEARNING_RATE,
     deadline: Annotated[int, typer.Option(min=1, help="seconds a round waits for each step")] = 600,
+    protocol: Protocol = "consent",
+    dropouts: Dropouts = 0,
+    signatures: Annotated[str, typer.Option(help="ed25519, or ed25519+ml-dsa-65: both, against quantum computers too")] = "ed25519",
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
     json: Json = False,
@@ -74,58 +90,17 @@ def init(
     from aggregator.draft import Terms
     from cli.output import Output
 
-    table, modules, lora_width = commands.describe_model(model, _words(targets), pooling=pooling, last_layers=last_layers or None)
+    table, modules, lora_width = commands.describe_model(model, words(targets), pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
-        name=name,
-        expires=commands.in_a_year(),
-        labels=_words(labels),
-        model=table,
-        modules=modules,
-        units=units,
-        rounds=rounds,
-        mode=mode,
-        steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1),
-        text_pair=text_pair,
-        max_length=max_length,
-        rank=rank,
-        basis=basis,
-        scale=scale,
-        learning_rate=learning_rate,
-        unit=unit,
-        max_records_per_unit=max_records_per_unit,
-        sampling_rate=sampling_rate,
-        epsilon=epsilon,
-        delta=delta,
-        deadline_s=deadline,
-    )
+        name=name, expires=commands.in_a_year(), labels=words(labels), model=table, modules=modules, units=units, rounds=rounds,
+        mode=mode, steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1), text_pair=text_pair,
+        max_length=max_length, rank=rank, basis=basis, scale=scale, learning_rate=learning_rate, unit=unit,
+        max_records_per_unit=max_records_per_unit, sampling_rate=sampling_rate, epsilon=epsilon, delta=delta,
+        deadline_s=deadline, signatures=signatures, protocol=protocol, dropouts=dropouts,
+    )  # fmt: skip
     made = commands.init(home, organisation=organisation, terms=terms, lora_width=lora_width, port=port)
     after = f"next: read {made['draft']}, then `aggregator member` for each silo"
     Output(json=json).result(made, [f"aggregator in {home}", f"fingerprint {made['fingerprint']}", after])
-
-
-@app.command()
-def member(
-    public: Annotated[Path, typer.Argument(help="the silo's identity.pub")],
-    home: AggregatorHome = HERE,
-    json: Json = False,
-) -> None:
-    """Add a silo to the draft contract; its identity.pub proves that it holds its key.
-
-    \b
-    Example:
-      aggregator member north/identity.pub
-    """
-    from aggregator import commands
-    from cli.output import Output
-
-    added = commands.add_member(home, public)
-    Output(json=json).result(
-        added,
-        [
-            f"member {added['member']}: {added['name']} ({added['organisation']})",
-            f"fingerprint {added['fingerprint']}  (compare aloud)",
-        ],
-    )
 
 
 @app.command()
@@ -156,20 +131,22 @@ def sign(home: AggregatorHome = HERE, json: Json = False) -> None:
 def serve(
     host: Annotated[str | None, typer.Option(help="the interface; loopback unless you say otherwise")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free port, service.json names it")] = None,
+    folder: Annotated[Path | None, typer.Option(help="exchange documents as files in this folder instead of over HTTP")] = None,
     home: AggregatorHome = HERE,
     json: Json = False,
 ) -> None:
     """Run the mailbox. It holds no private key; stop it with Ctrl-C or SIGTERM.
 
     \b
-    Example:
+    Examples:
       aggregator serve --port 8470
+      aggregator serve --folder /srv/exchange
     """
     from aggregator import commands
     from cli.output import Output
 
     Output(json=json).say("serving; Ctrl-C stops")
-    commands.serve(home, host=host, port=port)
+    commands.serve(home, host=host, port=port, folder=folder)
     Output(json=json).result({"stopped": True}, ["stopped"])
 
 
@@ -190,16 +167,19 @@ def run_rounds(
     from cli.progress import RoundDisplay
 
     output = Output(json=json)
-    done = []
-    with RoundDisplay(output) as display, commands.running(home, progress=display.event) as coordinator:
-        coordinator.ensure_countersigned()
-        coordinator.ensure_epoch()
-        for number in range(coordinator.next_round, coordinator.next_round + rounds):
-            closed = coordinator.run_round(number)
-            done.append({"round": closed.round, "kind": closed.kind, "reason": closed.reason, "state": closed.state.hex()})
-            display.line(
-                f"round {closed.round:>4}  {closed.kind:<6}  {closed.seconds:>4} s  model {closed.state.hex()[:12]} {closed.reason}"
-            )
+    done: list[dict[str, object]] = []
+    with RoundDisplay(output) as display:
+        while len(done) < rounds:  # again where a newer version of the contract came into force
+            with commands.running(home, progress=display.event) as coordinator:
+                coordinator.ensure_countersigned()
+                coordinator.ensure_epoch()
+                while len(done) < rounds and not coordinator.superseded:
+                    closed = coordinator.run_round(coordinator.next_round)
+                    done.append({"round": closed.round, "kind": closed.kind, "reason": closed.reason, "state": closed.state.hex()})
+                    display.line(
+                        f"round {closed.round:>4}  {closed.kind:<6}  {closed.seconds:>4} s  model {closed.state.hex()[:12]} "
+                        f"{closed.reason}"
+                    )
     output.result({"rounds": done}, [f"{len(done)} rounds closed"])
 
 
@@ -305,78 +285,10 @@ def report(
     )
 
 
-@app.command()
-def simulate(
-    data: Annotated[
-        Path | None, typer.Option(help="JSON lines, CSV or Parquet with text, (text_pair), label; built-in pairs unless given")
-    ] = None,
-    held_out: Annotated[
-        Path | None, typer.Option(help="records to measure accuracy on; a fifth of the units is held out unless given")
-    ] = None,
-    silos: Annotated[int, typer.Option(min=3, help="how many silos to deal the records to")] = 3,
-    silo_column: Annotated[str | None, typer.Option(help="the column that says which silo owns a record")] = None,
-    unit: Annotated[str | None, typer.Option(help="the column that names the privacy unit; else each record is one")] = None,
-    max_records_per_unit: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="more of one unit are left out; 8 with --unit, else 1, unless given")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help=_ROUNDS)] = None,
-    steps_per_round: Annotated[int | None, typer.Option(min=1, help=_STEPS)] = None,
-    epsilon: Annotated[float, typer.Option(help="what the run may cost")] = defaults.EPSILON,
-    delta: Annotated[float | None, typer.Option(help="1/(10 · all units), at most 1e-5, unless given")] = None,
-    mode: Annotated[str, typer.Option(help=_MODE)] = "joint",
-    model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
-    targets: Targets = defaults.TARGETS,
-    last_layers: LastLayers = defaults.LAST_LAYERS,
-    rank: Rank = defaults.RANK,
-    basis: Basis = defaults.BASIS,
-    sampling_rate: SamplingRate = defaults.SAMPLING_RATE,
-    home: Annotated[Path | None, typer.Option(help="a new folder; simulation-<time> unless given")] = None,
-    json: Json = False,
-) -> None:
-    """A whole federation on this machine: a real service, real silo processes, real keys and ledgers.
-
-    \b
-    Examples:
-      aggregator simulate
-      aggregator simulate --data notes.jsonl --silo-column hospital --unit patient_id --epsilon 3
-      aggregator simulate --mode local --rounds 4 --steps-per-round 4
-      aggregator simulate --json > result.json
-    """
-    import time
-
-    from aggregator.simulate import Settings
-    from aggregator.simulate import simulate as run_simulation
-    from cli.output import Output
-    from cli.progress import SimulationDisplay, closing_words
-
-    output = Output(json=json)
-    settings = Settings(
-        home=home or Path(time.strftime("simulation-%Y%m%d-%H%M%S")),
-        data=data,
-        held_out=held_out,
-        silo_column=silo_column,
-        silos=silos,
-        unit=unit,
-        max_records_per_unit=max_records_per_unit,
-        epsilon=epsilon,
-        delta=delta,
-        mode=mode,
-        model=model,
-        targets=_words(targets),
-        last_layers=last_layers or None,
-        rank=rank,
-        basis=basis,
-        sampling_rate=sampling_rate,
-        rounds=rounds or defaults.ROUNDS.get(mode, 1),
-        steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1),
-    )
-    with SimulationDisplay(output) as display:
-        result = run_simulation(settings, display.step)
-    output.result(result.as_json(), closing_words(result))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+guard.add_to_aggregator(app)
+members.add_to_aggregator(app)
+simulate.add_to_aggregator(app)
+verify.add_to_aggregator(app)
 
 
 def main() -> None:

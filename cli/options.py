@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from aggregator import defaults
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 SiloHome = Annotated[Path, typer.Option("--home", help="the silo's directory", envvar="SILO_HOME", show_default=True)]
@@ -23,4 +25,17 @@ LastLayers = Annotated[int, typer.Option(min=0, help="adapt only so many of the 
 Rank = Annotated[int, typer.Option(min=1, help="r: each adapted module trains r×r numbers")]
 Basis = Annotated[str, typer.Option(help="where the frozen A and B come from: weights (an SVD of each layer) or random (a seed)")]
 SamplingRate = Annotated[float, typer.Option(help="q: how likely a unit is in a step")]
+Folder = Annotated[Path | None, typer.Option(help="exchange documents in this folder instead of where silo.toml says")]
+Protocol = Annotated[
+    str, typer.Option(help="consent: every silo signs for every sum; shares: guardians hold shares, so that silos may be away")
+]
+Dropouts = Annotated[int, typer.Option(min=0, help="with shares: how many silos may be away from a sum")]
+MODE_HELP = "joint: a round is one private step over all silos; local: steps of each silo alone, then the mean of their changes"
+STEPS_HELP = f"local mode: private steps that each silo takes in a round; {defaults.STEPS_PER_ROUND['local']} unless given"
+ROUNDS_HELP = f"private rounds; {defaults.ROUNDS['joint']}, or {defaults.ROUNDS['local']} in local mode, unless given"
 HERE = Path()
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a comma separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -29,6 +29,7 @@ _WAITING = {
     "consent": "consents",
     "release": "mask seeds",
     "acknowledgement": "model digests",
+    "cosignature": "signatures on the log",
     "outcome": "the sum",
 }
 

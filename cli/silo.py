@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from cli import guard, members, restore, verify
 from cli.errors import run
-from cli.options import HERE, SETTINGS, Json, SiloHome
+from cli.options import HERE, SETTINGS, Folder, Json, SiloHome
 from privacy import lifeline
 
 app = typer.Typer(
@@ -33,8 +34,9 @@ app = typer.Typer(
 def init(
     name: Annotated[str, typer.Option(help="lower-case letters, digits, dots and hyphens")],
     organisation: Annotated[str, typer.Option(help="as it stands in the register")],
-    aggregator: Annotated[str, typer.Option(help="the aggregator's address, e.g. https://hub.example")],
     records: Annotated[Path, typer.Option(help="JSON lines, CSV or Parquet; stays on this machine")],
+    aggregator: Annotated[str, typer.Option(help="the aggregator's address, e.g. https://hub.example")] = "",
+    folder: Annotated[Path | None, typer.Option(help="instead of an address: the folder in which documents are exchanged")] = None,
     fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint; can be given to `silo join`")] = "",
     epsilon: Annotated[float, typer.Option(help="the most epsilon this silo ever spends on a unit")] = 10.0,
     delta: Annotated[float, typer.Option(help="the largest delta this silo accepts")] = 1e-5,
@@ -45,17 +47,21 @@ def init(
     """Create this silo's directory: keys, silo.toml, identity.pub.
 
     \b
-    Example:
+    Examples:
       silo init --name north --organisation "North Hospital" --aggregator https://hub.example --records notes.jsonl
+      silo init --name north --organisation "North Hospital" --folder /media/exchange --records notes.jsonl
     """
     from cli.output import Output
     from silo import commands
 
+    if bool(aggregator) == (folder is not None):
+        raise typer.BadParameter("say where the aggregator is: --aggregator URL, or --folder DIR")
     made = commands.create(
         home,
         name=name,
         organisation=organisation,
         url=aggregator,
+        folder=folder,
         fingerprint=fingerprint,
         records=records,
         epsilon=epsilon,
@@ -63,10 +69,12 @@ def init(
         model=model,
     )
     Output(json=json).result(
-        {"home": str(home), "name": name, "identity": str(made.public_path), "fingerprint": made.fingerprint},
+        {"home": str(home), "name": name, "identity": str(made.public_path), "fingerprint": made.fingerprint,
+         "fingerprint_ml_dsa": made.fingerprint_ml_dsa},
         [
             f"silo {name} in {home}",
             f"fingerprint {made.fingerprint}",
+            f"with ML-DSA {made.fingerprint_ml_dsa}  (where the contract's signatures say so)",
             f"next: send {made.public_path} to the coordinator, then `silo join`",
         ],
     )
@@ -76,6 +84,7 @@ def init(
 def join(
     fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint or the contract's digest")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="agree without being asked (for scripts)")] = False,
+    folder: Folder = None,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -90,7 +99,7 @@ def join(
     from silo import commands
 
     output = Output(json=json)
-    with commands.joining(home, fingerprint) as visit:
+    with commands.joining(home, fingerprint, folder=folder) as visit:
         for line in visit.words:
             output.say("  " + line)
         if not yes and not json:
@@ -107,6 +116,7 @@ def train(
     rounds: Annotated[int | None, typer.Option(min=1, help="take part in this many rounds, then stop")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="take part until the plan is used up or the run ends")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="step and round time, memory; nothing leaves or is spent")] = False,
+    folder: Folder = None,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -130,7 +140,7 @@ def train(
         return
     if rounds is None and not watch:
         raise typer.BadParameter("say how long: --rounds N, or --watch")
-    with commands.training(home) as session:
+    with commands.training(home, folder=folder) as session:
         for done in session.take_part(session.rounds_left if rounds is None else rounds):
             cost = f"epsilon {done.epsilon:.3f} of {done.limit:g}"
             output.say(f"round {done.round:>4}  {done.kind:<6}  {cost}  {done.seconds:5.1f} s  model {done.state_digest[:12]}")
@@ -182,6 +192,8 @@ def budget(
         f"epsilon {facts['epsilon']:.4g} of {facts['limit']:g} at delta {facts['delta']:g}   {picture}",
         f"by PLD {by_pld}, by RDP {facts['epsilon_rdp']:.4g}; {facts['steps']} private steps charged",
     ]
+    if "epsilon_stood" in facts:
+        lines.append(f"with the noise that stood in each sum {facts['epsilon_stood']:.4g}; the charge counts the fewest silos")
     ahead = [(row["rounds"], f"{row['epsilon']:.4g}") for row in facts["forecast"]]
     Output(json=json).result(facts, [*lines, *([table("forecast", ("more rounds", "epsilon"), ahead)] if ahead else [])])
 
@@ -245,6 +257,12 @@ def export(
         f"next: {folder / 'README.md'} has the code that loads it",
     ]
     Output(json=json).result(facts, lines)
+
+
+guard.add_to_silo(app)
+members.add_to_silo(app)
+restore.add_to_silo(app)
+verify.add_to_silo(app)
 
 
 def main() -> None:

@@ -74,10 +74,16 @@ class Account:
         plan: the contract's mechanism for all its declared steps, at the shares that insiders cannot subtract.
         contract: hex digest of the contract.
         steps_per_attempt: how many of those steps one attempt at a round is charged for.
+        fewest: u_min, the silos in a sum for which ``plan`` counts its shares; None where every silo stands in every sum, or
+            where their number does not change what a silo is charged (local mode).
     """
 
-    def __init__(self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int) -> None:
+    def __init__(
+        self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int,
+        fewest: int | None = None,
+    ) -> None:  # fmt: skip
         self._history = history
+        self._fewest = fewest
         self._limits = limits
         self._plan = plan
         self._contract = contract
@@ -89,6 +95,27 @@ class Account:
         Formal guarantees: epsilon bounds the composition of all reserved attempts, void and failed ones included.
         """
         return self._with(0)
+
+    def stood(self) -> Certificate:
+        """What ``spent`` comes to with the noise that stood: each committed attempt at the shares of its own sum.
+
+        At most ``spent``, and shown beside it only: who stood was not fixed beforehand, so nothing may be planned on it. An attempt
+        without a commit, or whose sum nobody counted, is taken as it was reserved.
+        """
+        stood = {
+            (body.round, body.attempt): body.silos
+            for body in self._history.entries
+            if isinstance(body, Commit) and body.silos is not None and body.contract == self._contract
+        }
+        steps: dict[LatticeGaussian, int] = {}
+        for body in self._history.entries:
+            if isinstance(body, Reserve):
+                silos = stood.get((body.round, body.attempt)) if body.contract == self._contract else None
+                one = body.mechanism.with_steps(1)
+                if silos is not None and self._fewest is not None:
+                    one = one.with_shares(one.shares + max(0, silos - self._fewest))
+                steps[one] = steps.get(one, 0) + body.mechanism.steps
+        return self._certified([one.with_steps(count) for one, count in steps.items()], more=0)
 
     @property
     def left(self) -> float:
@@ -114,7 +141,9 @@ class Account:
 
     def _with(self, more: int) -> Certificate:
         """Everything charged and ``more`` steps of this plan: by PLD while all is of one contract, else by the filter."""
-        events = self._history.charged()
+        return self._certified(self._history.charged(), more=more)
+
+    def _certified(self, events: list[LatticeGaussian], *, more: int) -> Certificate:
         contracts = {body.contract for body in self._history.entries if isinstance(body, Reserve)}
         if more:
             events.append(self._plan.with_steps(more))
@@ -134,8 +163,11 @@ class Gate(Account):
         - no more steps than the plan has are admitted under a contract.
     """
 
-    def __init__(self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int) -> None:
-        super().__init__(ledger, limits, plan=plan, contract=contract, steps_per_attempt=steps_per_attempt)
+    def __init__(
+        self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int,
+        fewest: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(ledger, limits, plan=plan, contract=contract, steps_per_attempt=steps_per_attempt, fewest=fewest)
         self._ledger = ledger
         self._fits: tuple[LatticeGaussian, ...] | None = None
 
@@ -194,16 +226,22 @@ class Gate(Account):
         )
         return self._ledger.counter
 
-    def settle(self, round: int, outcome: Literal["result", "void"]) -> None:
-        """Note how ``round`` ended, once; nothing is given back. A round without an attempt here leaves no trace as a result."""
+    def settle(self, round: int, outcome: Literal["result", "void"], *, silos: int | None = None) -> None:
+        """Note how ``round`` ended, once; nothing is given back. A round without an attempt here leaves no trace as a result.
+
+        Args:
+            silos: how many stood in the sum, this silo among them; 0 when it was left out; None when it goes without saying.
+        """
         place = (self._contract, round)
         if any(isinstance(body, Commit | Void) and (body.contract, body.round) == place for body in self._ledger.entries):
             return
         attempts = self._ledger.attempts(self._contract, round)
         if outcome == "void":
             self._ledger.void(contract=self._contract, round_number=round, reason="the round closed without a result")
+        elif attempts and silos == 0:
+            self._ledger.void(contract=self._contract, round_number=round, reason="the sum was made without this silo")
         elif attempts:
-            self._ledger.commit(contract=self._contract, round_number=round, attempt=attempts[-1])
+            self._ledger.commit(contract=self._contract, round_number=round, attempt=attempts[-1], silos=silos)
 
     def _require_fit(self, round_number: int) -> None:
         """Nothing, when one more attempt stays within the limit; by the whole plan where that fits, else by itself."""

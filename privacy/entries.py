@@ -48,13 +48,16 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     mechanism: Mechanism
 
 
-class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The attempt was part of a released state."""
+class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The attempt was part of a released sum. ``silos``: how many stood in it, where that may be fewer than all; it is charged
+    as declared all the same.
+    """
 
     kind: ClassVar[str] = "commit"
     contract: Hex
     round: Count
     attempt: Hex
+    silos: Annotated[int, msgspec.Meta(ge=1, lt=2**15)] | None = None
 
 
 class Void(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

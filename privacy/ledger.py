@@ -151,7 +151,7 @@ class History:
         try:
             entry = msgspec.json.decode(signed, type=Entry)
             body = entry.content()
-        except (msgspec.DecodeError, PrivacyRefusal, ValueError) as error:
+        except (msgspec.DecodeError, PrivacyRefusal, ValueError, RecursionError) as error:
             raise self._broken("is not an entry of this version", str(error), f"version {FORMAT_VERSION}") from error
         if entry.sequence != self.counter:
             raise self._broken("has the wrong sequence", entry.sequence, self.counter)
@@ -243,8 +243,8 @@ class Ledger(History):
             )
         self._append(Reserve(contract=contract, round=round_number, attempt=attempt, mechanism=mechanism))
 
-    def commit(self, *, contract: str, round_number: int, attempt: str) -> None:
-        """Note that a reserved attempt became part of a released state.
+    def commit(self, *, contract: str, round_number: int, attempt: str, silos: int | None = None) -> None:
+        """Note that a reserved attempt became part of a released sum, over so many ``silos``.
 
         Raises:
             PrivacyRefusal: the attempt was never reserved.
@@ -254,7 +254,7 @@ class Ledger(History):
                 f"attempt {attempt[:16]} at round {round_number} was released, the ledger never reserved it",
                 hint="stop and compare this ledger with its copies", code="never-reserved", round=round_number,
             )
-        self._append(Commit(contract=contract, round=round_number, attempt=attempt))
+        self._append(Commit(contract=contract, round=round_number, attempt=attempt, silos=silos))
 
     def void(self, *, contract: str, round_number: int, reason: str) -> None:
         """Note that a round ended without a result. Nothing is given back."""

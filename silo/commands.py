@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +18,19 @@ from typing import Any
 from privacy import keys
 from privacy.budget import Gate
 from privacy.errors import ConfigError, LedgerBroken
-from privacy.federation import Accepted, Member, mechanism
+from privacy.federation import Accepted, Member
 from privacy.ledger import Ledger, is_begun
-from silo import config, membership
+from silo import config, keyring, membership, reading, succession
+from silo.catching_up import catch_up
+from silo.folder import FolderTransport
 from silo.home import Home
 from silo.participation import participate
-from silo.reading import limits, opened, verifier
+from silo.reading import limits, opened, plan
 from silo.round import Parts, Settled
+from silo.session import Superseded
 from silo.settlement import load_progress
-from silo.transport import HttpTransport
+from silo.succession import Fetched
+from silo.transport import HttpTransport, Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Created:
 
     public_path: Path
     fingerprint: str
+    fingerprint_ml_dsa: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +55,12 @@ class Report:
 
 
 def create(
-    root: Path, *, name: str, organisation: str, url: str, fingerprint: str, records: Path, epsilon: float, delta: float, model: str
-) -> Created:
+    root: Path, *, name: str, organisation: str, url: str = "", folder: Path | None = None, fingerprint: str, records: Path,
+    epsilon: float, delta: float, model: str,
+) -> Created:  # fmt: skip
     """A new silo in ``root``: configuration, identity, local secrets, an empty ledger. A half-made one is completed.
+
+    The aggregator is at ``url`` or in ``folder``, one of the two.
 
     Raises:
         ConfigError: a value is not allowed, or there is a silo already.
@@ -65,6 +73,7 @@ def create(
             name=name,
             organisation=organisation,
             url=url,
+            folder="" if folder is None else str(folder.absolute()),
             fingerprint=fingerprint,
             records=str(records.absolute()),
             epsilon=epsilon,
@@ -74,7 +83,8 @@ def create(
         identity = _identity(home, name)
         keys.write_public(home.public_path, identity, organisation)
         _begin_ledger(home, identity)
-    return Created(public_path=home.public_path, fingerprint=keys.fingerprint(identity.public))
+    plain, both = reading.fingerprints(identity)
+    return Created(public_path=home.public_path, fingerprint=plain, fingerprint_ml_dsa=both)
 
 
 def _identity(home: Home, name: str) -> keys.Identity:
@@ -91,7 +101,8 @@ def _begin_ledger(home: Home, identity: keys.Identity) -> None:
                 f"{home.ledger_path.name} is missing, this silo took part in round {max(home.promised_rounds(), default=0)}",
                 hint="restore the newest copy of the ledger, never start a new one",
             )
-        Ledger.create(home.ledger_path, who=identity.name, sign=identity.sign, verify=verifier(identity), clock=time.time).close()
+        verify = keyring.ordered([identity.public.sign_key])
+        Ledger.create(home.ledger_path, who=identity.name, sign=identity.sign, verify=verify, clock=time.time).close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +110,17 @@ class Visit:
     """A contract that was fetched and verified, before this silo says yes."""
 
     home: Home
-    transport: HttpTransport
+    transport: Transport
     identity: keys.Identity
-    accepted: Accepted
+    fetched: Fetched
     settings: config.Config
     words: list[str]
     plan_epsilon: float
+
+    @property
+    def accepted(self) -> Accepted:
+        """The contract to be countersigned."""
+        return self.fetched.newest
 
     def countersign(self) -> Member:
         """Check budget, limits, model and records, sign, and post; which member this silo is."""
@@ -116,66 +132,89 @@ class Visit:
             limits=self.settings.limits,
             now=datetime.now(UTC),
             check_local=self._check_local,
+            fetched=self.fetched,
         )
 
     def _check_local(self, accepted: Accepted) -> None:
         """The last check before the signature: model and records fit, and the plan fits the ledger, which holds it from here on."""
         membership.check_fit(accepted, config=self.settings, home=self.home)
-        with _gate(self.home, self.identity, accepted, self.settings) as gate:
+        opened_rounds = succession.opened_rounds(self.home, self.transport) if self.fetched.before else 0
+        with _gate(self.home, accepted, self.settings, opened_rounds) as gate:
             gate.declare(run=accepted.terms.name)
 
 
 @contextlib.contextmanager
-def joining(root: Path, fingerprint: str) -> Iterator[Visit]:
-    """Fetch the contract for ``silo join``. ``fingerprint`` is the one given now, or the configured one.
+def joining(root: Path, fingerprint: str, *, folder: Path | None = None) -> Iterator[Visit]:
+    """Fetch the contract for ``silo join``. ``fingerprint`` is the one given now, or the configured one; so is ``folder``.
 
     Raises:
         ConfigError: no fingerprint anywhere.
         SiloquyError: as ``silo.membership``.
     """
     home, settings = opened(root)
-    expected = fingerprint or settings.aggregator.fingerprint
+    expected = fingerprint or settings.aggregator.fingerprint or succession.kept_pin(home)
     if not expected:
         raise ConfigError(
             "the aggregator's fingerprint is not known", hint="ask the coordinator, give it with --fingerprint", code="fingerprint"
         )
-    with home.locked(), _transport(settings) as transport:
-        accepted = membership.fetch_contract(transport, expected)
+    with home.locked(), transporting(settings, folder) as transport:
+        fetched = membership.fetch(transport, expected, home=home)
         yield Visit(
             home=home,
             transport=transport,
-            identity=keys.load(home.identity_path),
-            accepted=accepted,
+            identity=keyring.under(home, fetched.newest),
+            fetched=fetched,
             settings=settings,
-            words=membership.terms_in_words(accepted),
-            plan_epsilon=membership.check_limits(accepted, settings.limits),
+            words=[*membership.terms_in_words(fetched.newest), *succession.in_words(fetched)],
+            plan_epsilon=membership.check_limits(fetched.newest, settings.limits),
         )
 
 
-class Session:
-    """A silo that takes part in rounds; from ``training``."""
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A silo at work under one version of the contract."""
 
-    def __init__(self, parts: Parts, gate: Gate, *, basis: bytes, limit: float, wait_s: float) -> None:
-        self._parts, self._gate, self._basis, self._limit, self._wait_s = parts, gate, basis, limit, wait_s
-        self._settled = 0
+    parts: Parts
+    gate: Gate
+    basis: bytes
+
+
+class Session:
+    """A silo that takes part in rounds; from ``training``. It goes on by itself under a newer contract that it countersigned."""
+
+    def __init__(self, home: Home, settings: config.Config, transport: Transport) -> None:
+        self._home, self._settings, self._transport = home, settings, transport
+        self._limit, self._settled = settings.limits.epsilon, 0
+        self._closing = contextlib.ExitStack()
+        self._work = self._closing.enter_context(_at_work(home, settings, transport))
 
     @property
     def rounds_left(self) -> int:
         """How many attempts the plan has left."""
-        return self._gate.attempts_left
+        return self._work.gate.attempts_left
 
     def take_part(self, rounds: int) -> Iterator[Report]:
         """Each of the next ``rounds`` rounds as it is settled. Raises as ``silo.participation.participate``."""
-        begun = time.monotonic()
-        for settled in participate(self._parts, basis=self._basis, rounds=rounds, wait_s=self._wait_s):
-            self._settled += 1
-            yield self._report(settled, time.monotonic() - begun)
-            begun = time.monotonic()
+        begun, last = time.monotonic(), self._settled + rounds
+        while self._settled < last:
+            # In share mode each step of the round before, and of an epoch, may take a deadline.
+            terms = self._work.parts.accepted.terms
+            wait_s = float(terms.sum.deadline_s * (6 if terms.shared else 1))
+            try:
+                for settled in participate(
+                    self._work.parts, basis=self._work.basis, rounds=last - self._settled, wait_s=wait_s
+                ):
+                    self._settled += 1
+                    keyring.retire(self._home, self._work.parts.accepted)  # the new key settled a round: the old one is done
+                    yield self._report(settled, time.monotonic() - begun)
+                    begun = time.monotonic()
+            except Superseded:
+                self._reopen()
 
     def summary(self) -> dict[str, Any]:
         """What this process did, and where the silo stands."""
-        spent = self._gate.spent()
-        state = load_progress(self._parts.home, self._parts.accepted).state
+        spent = self._work.gate.spent()
+        state = load_progress(self._home, self._work.parts.accepted).state
         return {
             "rounds": self._settled,
             "epsilon": spent.epsilon,
@@ -184,11 +223,20 @@ class Session:
             "model_digest": state.digest.hex(),
         }
 
+    def close(self) -> None:
+        """Let another process open the ledger."""
+        self._closing.close()
+
+    def _reopen(self) -> None:
+        """Go on under the contract of the newest epoch. Raises Superseded when this silo has not countersigned it."""
+        self._closing.close()
+        self._work = self._closing.enter_context(_at_work(self._home, self._settings, self._transport))
+
     def _report(self, settled: Settled, seconds: float) -> Report:
         return Report(
             round=settled.round,
             kind=settled.kind,
-            epsilon=self._gate.spent().epsilon,
+            epsilon=self._work.gate.spent().epsilon,
             limit=self._limit,
             seconds=seconds,
             state_digest=settled.state.digest.hex(),
@@ -196,31 +244,37 @@ class Session:
 
 
 @contextlib.contextmanager
-def training(root: Path) -> Iterator[Session]:
+def training(root: Path, *, folder: Path | None = None) -> Iterator[Session]:
     """Everything ``silo train`` needs, checked before a round is waited for: signatures, ledger, model, records, layout."""
+    home, settings = opened(root)
+    membership.joined(home, now=datetime.now(UTC))  # before anything is locked or fetched
+    with (
+        home.locked(),
+        transporting(settings, folder) as transport,
+        contextlib.closing(Session(home, settings, transport)) as session,
+    ):
+        yield session
+
+
+@contextlib.contextmanager
+def _at_work(home: Home, settings: config.Config, transport: Transport) -> Iterator[_Work]:
+    """This silo under the contract in force, which all members countersigned, with its state brought up to it."""
     from silo import training as learning
 
-    home, settings = opened(root)
-    identity = keys.load(home.identity_path)
-    accepted, member = membership.joined(home, identity, now=datetime.now(UTC))
+    accepted, member, identity = membership.joined(home, now=datetime.now(UTC), transport=transport)
     terms = accepted.terms
-    with home.locked(), _transport(settings) as transport, _gate(home, identity, accepted, settings) as gate:
+    if reading.settled(home, accepted) == 0 and home.progress() is not None:
+        keyring.retire(home, accepted)
+    with _gate(home, accepted, settings, reading.settled(home, accepted)) as gate:
         membership.verify_all_countersigned(transport, accepted, home=home, wait_s=terms.sum.deadline_s)
+        catch_up(home, transport, accepted)
         gate.declare(run=terms.name)
         contribution = learning.build(home, settings, terms)
         parts = Parts(
-            home=home,
-            transport=transport,
-            identity=identity,
-            accepted=accepted,
-            member=member,
-            gate=gate,
-            contribute=contribution,
-            clock=time.time,
-        )
-        yield Session(
-            parts, gate, basis=contribution.model.basis_digest, limit=settings.limits.epsilon, wait_s=float(terms.sum.deadline_s)
-        )
+            home=home, transport=transport, identity=identity, accepted=accepted, member=member, gate=gate,
+            contribute=contribution, clock=time.time,
+        )  # fmt: skip
+        yield _Work(parts=parts, gate=gate, basis=contribution.model.basis_digest)
 
 
 def dry_run(root: Path) -> dict[str, Any]:
@@ -228,7 +282,7 @@ def dry_run(root: Path) -> dict[str, Any]:
     from silo import training as learning
 
     home, settings = opened(root)
-    accepted, _ = membership.joined(home, keys.load(home.identity_path), now=datetime.now(UTC))
+    accepted, _, _ = membership.joined(home, now=datetime.now(UTC))
     with home.locked():
         found = learning.build(home, settings, accepted.terms).dry_run(load_progress(home, accepted).state)
     return {
@@ -241,8 +295,13 @@ def dry_run(root: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _transport(settings: config.Config) -> Iterator[HttpTransport]:
-    transport = HttpTransport(settings.aggregator.url, insecure_http=settings.aggregator.insecure_http)
+def transporting(settings: config.Config, folder: Path | None = None) -> Iterator[HttpTransport | FolderTransport]:
+    """The way to the aggregator: ``folder`` when it is given, else what ``silo.toml`` says."""
+    at = settings.aggregator
+    if folder is not None or at.folder:
+        transport: HttpTransport | FolderTransport = FolderTransport(folder or Path(at.folder))
+    else:
+        transport = HttpTransport(at.url, insecure_http=at.insecure_http)
     try:
         yield transport
     finally:
@@ -250,22 +309,23 @@ def _transport(settings: config.Config) -> Iterator[HttpTransport]:
 
 
 @contextlib.contextmanager
-def _gate(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Iterator[Gate]:
-    ledger = Ledger.open(home.ledger_path, sign=identity.sign, verify=verifier(identity), clock=time.time)
+def _gate(home: Home, accepted: Accepted, settings: config.Config, opened_rounds: int) -> Iterator[Gate]:
+    signer = keyring.signer(home, accepted)
+    ledger = Ledger.open(home.ledger_path, sign=signer.sign, verify=keyring.verifier(home), clock=time.time)
     try:
-        _check_promises(home, ledger, accepted.digest.hex())
+        _check_promises(home, ledger, [accepted.digest, *succession.ancestors(home, accepted)])
         yield Gate(
-            ledger, limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex(),
-            steps_per_attempt=accepted.terms.training.steps_per_round,
+            ledger, limits(settings, accepted), plan=plan(ledger, accepted, opened_rounds), contract=accepted.digest.hex(),
+            steps_per_attempt=accepted.terms.training.steps_per_round, fewest=reading.fewest(accepted.terms),
         )  # fmt: skip
     finally:
         ledger.close()
 
 
-def _check_promises(home: Home, ledger: Ledger, contract: str) -> None:
+def _check_promises(home: Home, ledger: Ledger, contracts: Sequence[bytes]) -> None:
     """Every round this silo promised to take part in was reserved before; a ledger without it was rolled back or replaced."""
     for number in home.promised_rounds():
-        if not ledger.attempts(contract, number):
+        if not any(ledger.attempts(contract.hex(), number) for contract in contracts):
             raise LedgerBroken(
                 f"this silo took part in round {number}, its ledger of {ledger.counter} entries has no reservation for it",
                 hint="stop: restore the newest copy of the ledger, never an older one",

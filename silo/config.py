@@ -27,11 +27,19 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Aggregator(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the mailbox is, and whom to expect there. Documents protect themselves; https hides who talks and when."""
+    """Where the mailbox is, by address or in a folder, and whom to expect there.
 
-    url: Annotated[str, msgspec.Meta(pattern=r"^https?://\S+$")]
+    Documents protect themselves; https hides who talks and when.
+    """
+
+    url: Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?$")] = ""
+    folder: str = ""
     fingerprint: str
     insecure_http: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.url) == bool(self.folder):
+            raise ValueError("Give either url or folder")
 
 
 class Records(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,12 +97,14 @@ def load(path: Path) -> Config:
             code="no-config",
             path=str(path),
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: {_in_words(str(error))}", hint=_advice(str(error)), code="config", path=str(path)) from error
     folder = path.parent
     records = msgspec.structs.replace(config.records, path=str(folder / config.records.path))
     model = msgspec.structs.replace(config.model, path=str(folder / config.model.path) if config.model.path else "")
-    return msgspec.structs.replace(config, records=records, model=model)
+    at = config.aggregator
+    aggregator = msgspec.structs.replace(at, folder=str(folder / at.folder)) if at.folder else at
+    return msgspec.structs.replace(config, aggregator=aggregator, records=records, model=model)
 
 
 def write_commented(
@@ -102,7 +112,8 @@ def write_commented(
     *,
     name: str,
     organisation: str,
-    url: str,
+    url: str = "",
+    folder: str = "",
     fingerprint: str,
     records: str,
     epsilon: float,
@@ -110,7 +121,7 @@ def write_commented(
     compute: Compute | None = None,
     model: str = "",
 ) -> None:
-    """Write a commented ``silo.toml``, once, and read it back.
+    """Write a commented ``silo.toml``, once, and read it back. The aggregator is at ``url`` or in ``folder``, one of the two.
 
     Raises:
         ConfigError: a value is not allowed; nothing is left behind.
@@ -121,7 +132,7 @@ def write_commented(
     text = _TEMPLATE.format(
         name=_quote(name),
         organisation=_quote(organisation),
-        url=_quote(url),
+        where="\n".join([f"url = {_quote(url)}"] * bool(url) + [f"folder = {_quote(folder)}"] * bool(folder)),
         fingerprint=_quote(fingerprint),
         records=_quote(records),
         epsilon=repr(float(epsilon)),
@@ -145,7 +156,8 @@ name = {name}
 organisation = {organisation}
 
 [aggregator]
-url = {url}
+# url = "https://…", or folder = "…": documents then travel as files, see docs/guides/air-gap.md
+{where}
 # The aggregator's fingerprint, or the contract's digest, compared with the coordinator over another channel.
 fingerprint = {fingerprint}
 # insecure_http = true     # plain http to another machine: contents stay protected, who talks and when does not

@@ -4,13 +4,15 @@
 ::
 
     silo.toml              what this silo decides for itself
-    identity.key, .pub     who it is
+    identity.key, .pub     who it is; identity.key.old while a new key waits for its contract; former/ has older public halves
     selection.key          32 bytes: which records of a unit are kept (a keyed choice)
     install.key            32 bytes: makes two clones of one machine differ in what they draw
     contract/v<version>/   the contract as signed, and every member's countersignature
     ledger.jsonl           what was spent
-    promises/              one file per promise: round → manifest, round → consent; never deleted
+    promises/              one file per promise: round → manifest, round → consent, version → its one successor; never deleted
+    log/                   the transparency log as this silo saw it: last head, receipts, cosignatures, evidence (silo.watch)
     epoch/                 0700; epoch keys and the files of the open round; never in a backup
+    restored               after `silo restore`: the epoch up to which none is entered, until a newer one stands
     state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file; in local
                            mode also this silo's own optimiser
 
@@ -41,7 +43,10 @@ from privacy.errors import ConfigError, Equivocation, MachineError, Replay, Trus
 from privacy.update_rule import State
 
 SECRET_BYTES = 32
-_FILES = ("silo.toml", "identity.key", "identity.pub", "selection.key", "install.key", "ledger.jsonl", "state.safetensors")
+_FILES = (
+    "silo.toml", "identity.key", "identity.key.old", "identity.key.new", "identity.pub", "selection.key", "install.key",
+    "ledger.jsonl", "state.safetensors", "restored",
+)  # fmt: skip
 """What lies in the root itself."""
 
 
@@ -49,6 +54,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Where a silo stands: the last settled round, its epoch, manifest and outcome (digests), the state.
 
     ``voids``: rounds in a row that did not move the state, void or rejected.
+
+    ``stood``: how many silos stand in the last round's sum, this one among them; 0 when there is none or it was left out; None
+    where all stand in every sum.
 
     ``own``: in local mode this silo's own optimiser after the last result it was part of, with zeros for a model; it never leaves.
     """
@@ -60,6 +68,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     outcome: bytes
     voids: int
     state: State
+    stood: int | None = None
     own: State | None = None
 
 
@@ -75,9 +84,14 @@ class Home:
         self.config_path = root / "silo.toml"
         self.identity_path = root / "identity.key"
         self.public_path = root / "identity.pub"
+        self.old_identity_path = root / "identity.key.old"
+        self.new_identity_path = root / "identity.key.new"
+        self.former_folder = root / "former"
         self.ledger_path = root / "ledger.jsonl"
         self.state_path = root / "state.safetensors"
         self.epoch_folder = root / "epoch"
+        self.log_folder = root / "log"
+        self.restored_path = root / "restored"
 
     @classmethod
     def create(cls, root: Path) -> Home:
@@ -107,7 +121,8 @@ class Home:
         with files.locked(self.root / ".lock"):
             # In the root by name: an export, or anything else that takes no lock, may be writing there.
             alone = [self.root / name for name in _FILES]
-            for path in (*alone, self.root / "promises", *self.root.glob("contract/*"), *self.epoch_folder.glob("*")):
+            within = (self.log_folder, self.former_folder, self.root / "promises")
+            for path in (*alone, *within, *self.root.glob("contract/*"), *self.epoch_folder.glob("*")):
                 files.sweep(path)
             yield
 
@@ -135,9 +150,22 @@ class Home:
 
     def contract(self) -> tuple[int, bytes] | None:
         """The highest kept contract version and its signed document, or None before `silo join`."""
-        versions = [int(found[1]) for found in map(_VERSION.fullmatch, _names(self.root / "contract")) if found]
-        kept = [v for v in sorted(versions) if (self.root / "contract" / f"v{v}" / "contract").is_file()]
-        return (kept[-1], (self.root / "contract" / f"v{kept[-1]}" / "contract").read_bytes()) if kept else None
+        kept = self.contracts()
+        return kept[-1] if kept else None
+
+    def contracts(self) -> list[tuple[int, bytes]]:
+        """Every kept contract version and its signed document, ascending."""
+        versions = sorted(int(found[1]) for found in map(_VERSION.fullmatch, _names(self.root / "contract")) if found)
+        kept = ((version, _read(self.root / "contract" / f"v{version}" / "contract")) for version in versions)
+        return [(version, document) for version, document in kept if document is not None]
+
+    def promise_successor(self, version: int, digest: bytes) -> None:
+        """Promise, on disk first, that ``digest`` is the only contract this silo signs as the one after ``version``.
+
+        Raises:
+            Equivocation: another successor was promised.
+        """
+        self._promise("successor", version, digest, after="version")
 
     def countersignature(self, version: int, member: int) -> bytes | None:
         """A member's kept countersignature."""
@@ -184,6 +212,33 @@ class Home:
         """Every round a manifest was promised for, ascending."""
         return sorted(int(found[1]) for found in map(_PROMISE.fullmatch, _names(self.root / "promises")) if found)
 
+    def begin_restore(self) -> None:
+        """From here on this home enters no epoch, until ``end_restore``."""
+        files.write_atomic(self.restored_path, _UNFINISHED)
+
+    def end_restore(self, epoch: int) -> None:
+        """The home is restored: it enters epochs above ``epoch`` only."""
+        files.write_atomic(self.restored_path, b"%d\n" % epoch)
+
+    def restored_epoch(self) -> int:
+        """The epoch up to which a restored home enters none; 0 where nothing was restored.
+
+        Raises:
+            TrustError: a restore was begun and has not ended, or the file is damaged.
+        """
+        text = _read(self.restored_path)
+        if text is None:
+            return 0
+        if not _NUMBER_LINE.fullmatch(text):
+            what = "was begun and has not ended" if text == _UNFINISHED else "left a damaged file `restored`"
+            raise TrustError(f"a restore of this home {what}", hint="run `silo restore` again", code="restore-unfinished")
+        return int(text)
+
+    def forget_restored(self, standing: int) -> None:
+        """Epoch ``standing`` stands: if it is newer than the restore, that is over."""
+        if 0 < self.restored_epoch() < standing:
+            self.restored_path.unlink(missing_ok=True)
+
     def save_progress(self, progress: Progress) -> None:
         """Replace the state file by ``progress``, atomically."""
         mode = files.PUBLIC if progress.own is None else files.PRIVATE
@@ -198,13 +253,13 @@ class Home:
         data = _read(self.state_path)
         return None if data is None else _from_bytes(data)
 
-    def _promise(self, kind: str, number: int, digest: bytes) -> None:
+    def _promise(self, kind: str, number: int, digest: bytes, *, after: str = "round") -> None:
         try:
             files.write_once(self.root / "promises" / f"{kind}-{number}", digest.hex().encode() + b"\n")
         except Equivocation as error:
             before = self._promised(kind, number) or b""
             raise Equivocation(
-                f"a second {kind} for round {number}: {digest.hex()[:16]}, promised was {before.hex()[:16]}",
+                f"a second {kind} for {after} {number}: {digest.hex()[:16]}, promised was {before.hex()[:16]}",
                 hint="stop, and show both documents to the other members",
                 round=number,
             ) from error
@@ -226,6 +281,8 @@ _OWN = "own_"
 """What the names of a silo's own state begin with; they are there in local mode only."""
 _VERSION = re.compile(r"v([1-9][0-9]{0,9})", re.ASCII)
 _PROMISE = re.compile(r"manifest-([0-9]{1,10})", re.ASCII)
+_UNFINISHED = b"unfinished\n"
+_NUMBER_LINE = re.compile(rb"(0|[1-9][0-9]{0,9})\n")
 _DIGEST_LINE = re.compile(rb"[0-9a-f]{64}\n")
 
 
@@ -252,6 +309,8 @@ def _to_bytes(progress: Progress) -> bytes:
         **{name: getattr(progress, name).hex() for name in _DIGESTS},
         **{name: getattr(progress, name) for name in _NUMBERS},
     }
+    if progress.stood is not None:
+        facts["stood"] = progress.stood
     arrays = {}
     for prefix, state in states.items():
         facts[prefix + "applied"] = state.applied
@@ -270,11 +329,12 @@ def _from_bytes(data: bytes) -> Progress:
         state = _state_in(facts, arrays, "")
         own = _state_in(facts, arrays, _OWN) if _OWN + "applied" in facts else None
         digests: dict[str, Any] = {name: bytes.fromhex(facts[name]) for name in _DIGESTS}
-        progress = Progress(state=state, own=own, **digests, **{name: facts[name] for name in _NUMBERS})
+        numbers = {name: facts[name] for name in _NUMBERS}
+        progress = Progress(state=state, own=own, stood=facts.get("stood"), **digests, **numbers)
         written = facts.pop("digest")
-    except (ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
+        found = _digest(facts, state, *([] if own is None else [own]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error, safetensors.SafetensorError) as error:
         raise _damaged("it is no state file") from error
-    found = _digest(facts, state, *([] if own is None else [own]))
     if found != written:
         raise _damaged(f"its digest is {found[:16]}, written was {written[:16]}")
     return progress

@@ -1,89 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
 """A silo's rounds one after the other, in whatever epoch the aggregator has called: what ``silo train`` runs.
 
-Promised: an open round is settled before a newer epoch's keys replace those it needs; nothing is spent while waiting.
-Not promised: that rounds come; ``wait_s`` bounds how long a silo waits for each.
+Promised: an open round is settled before a newer epoch's keys replace those it needs; nothing is spent while waiting. In share mode
+a silo that is a guardian too works as one beside its rounds, and a silo outside an epoch follows its rounds by public documents, so
+that it stands where the others do when it enters the next. So does a restored silo, in either mode, before it enters an epoch that
+was called since. Not promised: that rounds come; ``wait_s`` bounds how long a silo waits for each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from privacy.errors import Replay, RoundError
-from privacy.messages import AGGREGATOR, Signed, decode
+from privacy.messages import AGGREGATOR, Manifest, Signed, decode
 from silo import session
+from silo.guarding import Watching, guarding
 from silo.round import POLL_S, Parts, Rounds, Settled
 from silo.session import Epoch
 from silo.settlement import load_progress
+from silo.succession import ancestors
+from silo.watch import refuse_after_equivocation
 
 
 def participate(parts: Parts, *, basis: bytes, rounds: int | None, wait_s: float) -> Iterator[Settled]:
-    """The outcome of each round this silo takes part in, ``rounds`` of them, or until the caller stops.
+    """The outcome of each round this silo takes part in or follows, ``rounds`` of them, or until the caller stops.
 
     Args:
         basis: digest of the (A, B) this silo computed itself.
         wait_s: how long to wait for an epoch, for each thing in its set-up, and for each round to be opened.
 
     Raises:
+        Equivocation: evidence against the aggregator's log lies in the home.
         RoundError: nothing was opened within ``wait_s`` seconds, or as ``Rounds.take_part``.
-        SiloquyError: as ``Rounds.take_part`` and ``silo.session.establish``.
+        SiloquyError: as ``Rounds.take_part``, ``silo.session.establish`` and ``silo.guardian.Guardian.step``.
     """
-    epoch = session.current(parts.home)
-    own = None if epoch is None else Rounds(parts, epoch)
-    settled, waiting_since = 0, parts.clock()
-    while rounds is None or settled < rounds:
-        newer = _newer(parts, epoch, wait_s=POLL_S if epoch is None else 0.0)
+    refuse_after_equivocation(parts.home)
+    outcomes: dict[int, bytes] = {}
+    watching = Watching(
+        home=parts.home, transport=parts.transport, identity=parts.identity, accepted=parts.accepted, clock=parts.clock,
+        former=ancestors(parts.home, parts.accepted),
+    )  # fmt: skip
+    with guarding(watching, outcomes) as check:
+        taking_part = _Taking(dataclasses.replace(parts, pulse=check), basis, wait_s)
+        settled, waiting_since = 0, parts.clock()
+        while rounds is None or settled < rounds:
+            check()
+            done = taking_part.next()
+            if done is not None:
+                progress = load_progress(parts.home, parts.accepted)
+                outcomes[progress.round] = progress.outcome
+                settled, waiting_since = settled + 1, parts.clock()
+                yield done
+            elif parts.clock() - waiting_since >= wait_s:
+                raise RoundError(
+                    f"no {taking_part.what} was opened within {wait_s:g} s",
+                    hint="ask the coordinator to run `aggregator round`",
+                    code="nothing-opened",
+                )
+
+
+class _Taking:
+    """The epoch this silo is in, the one that was made without it, and the rounds that follow."""
+
+    def __init__(self, parts: Parts, basis: bytes, wait_s: float) -> None:
+        self._parts, self._basis, self._wait_s = parts, basis, wait_s
+        self._outside = parts.home.restored_epoch()
+        self._following: Rounds | None = None
+        self._enter(session.current(parts.home))
+
+    @property
+    def what(self) -> str:
+        """What is waited for."""
+        return "epoch" if self._own is None else "round"
+
+    def next(self) -> Settled | None:
+        """The next round, once it is settled; None after a while without one."""
+        newer = self._newer()
         if newer is not None:
-            entered = _enter(parts, basis, newer, wait_s)
-            if entered is None:
-                continue
-            epoch = entered
-            own = Rounds(parts, epoch)
-        done = None if own is None else own.take_part(wait_s=POLL_S)
-        if done is not None:
-            settled, waiting_since = settled + 1, parts.clock()
-            yield done
-        elif parts.clock() - waiting_since >= wait_s:
-            what = "epoch" if own is None else "round"
-            raise RoundError(
-                f"no {what} was opened within {wait_s:g} s",
-                hint="ask the coordinator to run `aggregator round`",
-                code="nothing-opened",
+            missed = self._follow(wait_s=0.0)
+            if missed is None:
+                self._establish(newer)
+            return missed
+        if self._outside and (self._epoch is None or self._outside > self._epoch.number):
+            return self._follow(wait_s=POLL_S)
+        return None if self._own is None else self._own.take_part(wait_s=POLL_S)
+
+    def _enter(self, epoch: Epoch | None) -> None:
+        self._epoch, self._own = epoch, None if epoch is None else Rounds(self._parts, epoch)
+
+    def _newer(self) -> int | None:
+        """The epoch to enter now: the newest called one, once no round of the present one is open."""
+        parts, number = self._parts, max(self._outside, 0 if self._epoch is None else self._epoch.number)
+        wait_s = POLL_S if self._epoch is None and not self._outside else 0.0
+        if parts.transport.get("epoch", number + 1, AGGREGATOR, wait_s=wait_s) is None:
+            return None
+        if self._epoch is not None and self._is_open(self._epoch):
+            return None  # also under a contract that a newer epoch replaces
+        return session.called(parts.transport, parts.accepted, after=number, former=ancestors(parts.home, parts.accepted))
+
+    def _is_open(self, epoch: Epoch) -> bool:
+        """Whether the next round was opened in ``epoch``, so that its keys are still needed."""
+        manifest = self._manifest(wait_s=0.0)
+        return manifest is not None and decode(manifest, Signed).context == epoch.context
+
+    def _manifest(self, *, wait_s: float) -> bytes | None:
+        number = load_progress(self._parts.home, self._parts.accepted).round + 1
+        return self._parts.transport.get("manifest", number, AGGREGATOR, wait_s=wait_s)
+
+    def _follow(self, *, wait_s: float) -> Settled | None:
+        """The next round, if it was opened in an epoch in which this silo has no part (share mode; restored), once settled."""
+        is_outside = self._outside > 0 and self._epoch is None
+        manifest = self._manifest(wait_s=wait_s) if self._parts.accepted.terms.shared or is_outside else None
+        if manifest is None:
+            return None
+        signed = decode(manifest, Signed)
+        if self._epoch is not None and signed.context == self._epoch.context:
+            return None
+        following = session.public(self._parts.transport, self._parts.accepted, decode(signed.body, Manifest).epoch)
+        return Rounds(self._parts, following).take_part(wait_s=wait_s)
+
+    def _establish(self, number: int) -> None:
+        """Set the epoch up, unless the aggregator gave it up meanwhile and called a newer one, or made it without this silo."""
+        parts = self._parts
+        settled = load_progress(parts.home, parts.accepted).round
+        try:
+            self._enter(
+                session.establish(
+                    parts.home,
+                    parts.transport,
+                    parts.identity,
+                    parts.accepted,
+                    member=parts.member,
+                    number=number,
+                    basis=self._basis,
+                    settled=settled,
+                    wait_s=self._wait_s,
+                )
             )
-
-
-def _newer(parts: Parts, epoch: Epoch | None, *, wait_s: float) -> int | None:
-    """The epoch to enter now: the newest called one, once no round of the present one is open."""
-    number = 0 if epoch is None else epoch.number
-    if parts.transport.get("epoch", number + 1, AGGREGATOR, wait_s=wait_s) is None:
-        return None
-    newest = session.called(parts.transport, parts.accepted, after=number)
-    return None if epoch is not None and _is_open(parts, epoch) else newest
-
-
-def _is_open(parts: Parts, epoch: Epoch) -> bool:
-    """Whether the next round was opened in ``epoch``, so that its keys are still needed."""
-    number = load_progress(parts.home, parts.accepted).round + 1
-    manifest = parts.transport.get("manifest", number, AGGREGATOR, wait_s=0)
-    return manifest is not None and decode(manifest, Signed).context == epoch.context
-
-
-def _enter(parts: Parts, basis: bytes, number: int, wait_s: float) -> Epoch | None:
-    """The epoch, set up; None when the aggregator gave it up meanwhile and called a newer one."""
-    settled = load_progress(parts.home, parts.accepted).round
-    try:
-        return session.establish(
-            parts.home,
-            parts.transport,
-            parts.identity,
-            parts.accepted,
-            member=parts.member,
-            number=number,
-            basis=basis,
-            settled=settled,
-            wait_s=wait_s,
-        )
-    except (RoundError, Replay):
-        if session.called(parts.transport, parts.accepted, after=number) is None:
-            raise
-        return None
+        except (RoundError, Replay) as error:
+            if error.code == "not-in-epoch":
+                self._outside = number
+            elif session.called(parts.transport, parts.accepted, after=number) is None:
+                raise

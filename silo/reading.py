@@ -7,10 +7,9 @@ that has expired hinders none of it. torch is loaded only by the functions that 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from privacy import files, keys
 from privacy.accounting import Certificate
 from privacy.budget import Account, Limits
 from privacy.errors import ConfigError
-from privacy.federation import Accepted, mechanism
+from privacy.federation import Accepted, Contract, mechanism
 from privacy.ledger import History
-from silo import config, membership
+from privacy.mechanism import LatticeGaussian
+from silo import config, keyring, succession
 from silo.card import Origin
 from silo.home import Home
 from silo.settlement import load_progress
@@ -32,19 +32,22 @@ def status(root: Path) -> dict[str, Any]:
     """Who this silo is, what it joined, and the state it has reached."""
     home, settings = opened(root)
     identity = keys.load(home.identity_path)
-    facts: dict[str, Any] = {"name": settings.name, "fingerprint": keys.fingerprint(identity.public), "joined": False}
+    plain, both = fingerprints(identity)
+    facts: dict[str, Any] = {"name": settings.name, "fingerprint": plain, "fingerprint_ml_dsa": both, "joined": False}
+    facts["rotating"] = home.old_identity_path.exists()
     try:
-        accepted, member = membership.countersigned(home, identity)
+        accepted, member, _ = succession.at_work(home)
     except ConfigError:
         return facts
     progress = load_progress(home, accepted)
-    spent = _account(home, identity, accepted, settings).spent()
+    spent = _account(home, accepted, settings)[0].spent()
     return {
         **facts,
         "joined": True,
         "federation": accepted.terms.name,
         "member": member.id,
         "contract": accepted.digest.hex(),
+        "version": accepted.terms.version,
         "expires": accepted.terms.expires,
         "round": progress.round,
         "mode": accepted.terms.training.mode,
@@ -61,9 +64,8 @@ def status(root: Path) -> dict[str, Any]:
 def budget(root: Path, forecast: int) -> dict[str, Any]:
     """What the ledger has charged, against the silo's limits, and what ``forecast`` more rounds would bring it to."""
     home, settings = opened(root)
-    identity = keys.load(home.identity_path)
-    accepted, _ = membership.countersigned(home, identity)
-    account = _account(home, identity, accepted, settings)
+    accepted, _, _ = succession.at_work(home)
+    account, planned = _account(home, accepted, settings)
     spent = account.spent()
     ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
     return {
@@ -73,7 +75,8 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
         "delta": spent.delta,
         "limit": settings.limits.epsilon,
         "left": account.left,
-        "steps": accepted.terms.steps - account.steps_left,
+        **({} if fewest(accepted.terms) is None else {"epsilon_stood": account.stood().epsilon}),
+        "steps": planned - account.steps_left,
         "steps_left": account.steps_left,
         "steps_per_round": accepted.terms.training.steps_per_round,
         "rounds_left": account.attempts_left,
@@ -86,7 +89,7 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
     from silo import evaluation
 
     home, settings = opened(root)
-    accepted, _ = membership.countersigned(home, keys.load(home.identity_path))
+    accepted, _, _ = succession.at_work(home)
     progress = load_progress(home, accepted)
     compute = settings.compute if threads is None else msgspec.structs.replace(settings.compute, threads=threads)
     bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute)
@@ -117,11 +120,10 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
     from silo.export import adapter
 
     home, settings = opened(root)
-    identity = keys.load(home.identity_path)
-    accepted, member = membership.countersigned(home, identity)
+    accepted, member, _ = succession.at_work(home)
     _check_target(folder, base)
     progress = load_progress(home, accepted)
-    spent = _account(home, identity, accepted, settings).spent()
+    spent = _account(home, accepted, settings)[0].spent()
     origin = Origin(
         accepted=accepted, silo=member.name, round=progress.round, state=progress.state, spent=spent,
         base=base or accepted.terms.model.name,
@@ -162,17 +164,44 @@ def limits(settings: config.Config, accepted: Accepted) -> Limits:
     return Limits(epsilon=own.epsilon, delta=min(own.delta, accepted.terms.privacy.delta), filter_delta=own.delta)
 
 
-def verifier(identity: keys.Identity) -> Callable[[bytes, bytes], None]:
-    """Checks signatures of this identity."""
-    return functools.partial(keys.verify_signature, identity.public.sign_key)
+def fingerprints(identity: keys.Identity) -> tuple[str, str]:
+    """What contracts with plain signatures show of this identity, and what those with ML-DSA show; "" where it has no such key."""
+    public = identity.public
+    both = "" if public.ml_dsa_key is None else keys.fingerprint(public)
+    return keys.fingerprint(public.under(keys.ED25519)), both
 
 
-def _account(home: Home, identity: keys.Identity, accepted: Accepted, settings: config.Config) -> Account:
-    history = History.read(home.ledger_path, verify=verifier(identity))
-    return Account(
-        history, limits(settings, accepted), plan=mechanism(accepted.terms), contract=accepted.digest.hex(),
-        steps_per_attempt=accepted.terms.training.steps_per_round,
+def plan(history: History, accepted: Accepted, opened: int) -> LatticeGaussian:
+    """What a contract may still cost this silo: the plan it declared under it, else every round that was not opened yet.
+
+    Args:
+        opened: how many rounds were opened under earlier versions; rounds are numbered on over all of them.
+    """
+    known, per_round = history.plan(accepted.digest.hex()), accepted.terms.training.steps_per_round
+    left = max(1, accepted.terms.training.rounds - opened)
+    return mechanism(accepted.terms, rounds=left if known is None else known.mechanism.steps // per_round)
+
+
+def settled(home: Home, accepted: Accepted) -> int:
+    """How many rounds this silo settled under earlier versions than ``accepted``."""
+    progress = home.progress()
+    return 0 if progress is None or progress.contract == accepted.digest else progress.round
+
+
+def _account(home: Home, accepted: Accepted, settings: config.Config) -> tuple[Account, int]:
+    """What is spent, and how many steps the contract's plan has."""
+    history = History.read(home.ledger_path, verify=keyring.verifier(home))
+    planned = plan(history, accepted, settled(home, accepted))
+    account = Account(
+        history, limits(settings, accepted), plan=planned, contract=accepted.digest.hex(),
+        steps_per_attempt=accepted.terms.training.steps_per_round, fewest=fewest(accepted.terms),
     )  # fmt: skip
+    return account, planned.steps
+
+
+def fewest(terms: Contract) -> int | None:
+    """For how few silos in a sum the plan counts its noise, where more may stand; None elsewhere."""
+    return terms.fewest if terms.shared and not terms.is_local else None
 
 
 def _by_pld(spent: Certificate) -> float | None:

@@ -24,25 +24,24 @@ Not promised: that a round completes (one silent silo closes it), or that its ti
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
 
 from privacy import envelope, files, guardian_sum, keys
 from privacy.errors import Equivocation, Replay, RoundError, TrustError
-from privacy.federation import Accepted, Member, ring_plan
+from privacy.federation import Accepted, Member
 from privacy.messages import (
     AGGREGATOR,
     Acknowledgement,
     Certificate,
     Consent,
-    Freeze,
     Manifest,
-    Outcome,
+    Signed,
     Wire,
     decode,
     encode,
@@ -50,13 +49,18 @@ from privacy.messages import (
 from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import local
+from silo.catching_up import agreed_set
 from silo.home import Home, Progress
 from silo.session import Epoch
-from silo.settlement import Integers, Words, load_progress, next_state, refuse_to_go_on, shown, verified_total
+from silo.settlement import Integers, Words, load_progress, refuse_to_go_on, shown
 from silo.transport import Transport
 from silo.upload import Persisted, masked, noisy
+from silo.watch import Watch, expect
+from silo.witness import Ending, Stage, Witness
 
 POLL_S = 5.0
+HEAD_WAIT_S = 3.0
+"""How long a settled round waits for the head that covers it; where it comes later, the next round's start reads it."""
 ID_BYTES = 16
 
 Contribute = Callable[[State], Integers]
@@ -70,25 +74,32 @@ class Gate(Protocol):
         """Reserve the attempt's cost in the ledger, on disk, and give its counter; or refuse before any record is read."""
         ...
 
-    def settle(self, round: int, outcome: Literal["result", "void"]) -> None:
+    def settle(self, round: int, outcome: Literal["result", "void"], *, silos: int | None = None) -> None:
         """Note how the round ended, once; nothing is given back."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """How a round ended for this silo. ``kind`` is "rejected" for a sum beyond the bounds: the state did not move."""
+    """How a round ended for this silo. ``kind`` is "rejected" for a sum beyond the bounds: the state did not move.
+
+    ``stood``: as in silo.home.Progress.
+    """
 
     round: int
-    kind: Literal["result", "rejected", "void"]
+    kind: Ending
     reason: str
     state: State
     upload_bytes: int
+    stood: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a silo's rounds are made of. ``clock`` gives Unix seconds; ``randomness`` and ``os_random`` are fresh at every call."""
+    """What a silo's rounds are made of. ``clock`` gives Unix seconds; ``randomness`` and ``os_random`` are fresh at every call.
+
+    ``pulse`` is called while waiting: it raises what else went wrong in this process.
+    """
 
     home: Home
     transport: Transport
@@ -100,6 +111,7 @@ class Parts:
     clock: Callable[[], float]
     randomness: Callable[[], Randomness] = Randomness.from_os
     os_random: Callable[[int], bytes] = os.urandom
+    pulse: Callable[[], None] = lambda: None
 
 
 class Rounds:
@@ -115,6 +127,10 @@ class Rounds:
         self._epoch = epoch
         self._terms = parts.accepted.terms
         self._finished = -1
+        self._witness = Witness(accepted=parts.accepted, epoch=epoch, silo=parts.member.id)
+        self._watch = Watch(
+            home=parts.home, transport=parts.transport, identity=parts.identity, accepted=parts.accepted, clock=parts.clock
+        )
 
     def take_part(self, *, wait_s: float) -> Settled | None:
         """Take part in the next round, or settle one that was left open; None when none is opened within ``wait_s`` seconds.
@@ -129,13 +145,18 @@ class Rounds:
         self._finish(progress)
         refuse_to_go_on(progress, self._terms)
         number = progress.round + 1
+        if not self._watch.follow(number, wait_s=wait_s):  # log: the head on which the round will be opened
+            return None
         document = self._parts.transport.get("manifest", number, AGGREGATOR, wait_s=wait_s)
         if document is None:
             return None
-        manifest, round_ctx = self._check_manifest(document, progress)
+        if self._terms.shared and decode(document, Signed).context != self._epoch.context:
+            return None  # of a newer epoch, which is entered first
+        manifest, round_ctx = self._witness.manifest(document, progress, self._watch.head(number))
+        self._check_promised(manifest, round_ctx)
         persisted = self._persisted(number, round_ctx)
         if self._outcome(number) is None:  # after a restart the round may be over: nothing is promised or sent any more
-            if persisted is None and self._parts.clock() < manifest.deadline_at:
+            if persisted is None and self._may_attempt(manifest):
                 persisted = self._attempt(manifest, round_ctx, progress)
             if persisted is not None:
                 self._agree(manifest, persisted)
@@ -144,30 +165,7 @@ class Rounds:
         refuse_to_go_on(load_progress(self._parts.home, self._parts.accepted), self._terms)
         return settled
 
-    def _check_manifest(self, document: bytes, progress: Progress) -> tuple[Manifest, bytes]:
-        """The manifest and round_ctx, if it continues exactly what this silo has computed itself under the contract."""
-        body = self._open(document, "manifest")
-        manifest, plan = decode(body, Manifest), ring_plan(self._terms)
-        expected: dict[str, object] = {
-            "epoch_ctx": self._epoch.context,
-            "epoch": self._epoch.number,
-            "round": progress.round + 1,
-            "previous": progress.outcome,
-            "base_state": progress.state.digest,
-            "dimension": self._terms.dimension,
-            "lattice_bits": plan.lattice_bits,
-            "clamp": plan.clamp,
-            "deadline_at": manifest.opened_at + self._terms.sum.deadline_s,
-        }
-        for field, wanted in expected.items():
-            found = getattr(manifest, field)
-            if found != wanted:
-                raise TrustError(
-                    f"the manifest of round {progress.round + 1} says {field} = {shown(found)}, this silo has {shown(wanted)}",
-                    hint="nothing was sent; the aggregator and this silo do not stand at the same place",
-                    code=f"manifest-{field}".replace("_", "-"),
-                )
-        round_ctx = guardian_sum.round_ctx(body)
+    def _check_promised(self, manifest: Manifest, round_ctx: bytes) -> None:
         promised = self._parts.home.promised_manifest(manifest.round)
         if promised not in (None, round_ctx):  # before the gate: a second manifest must not cost a reservation
             raise Equivocation(
@@ -175,7 +173,12 @@ class Rounds:
                 hint="stop, and show both documents to the other members",
                 round=manifest.round,
             )
-        return manifest, round_ctx
+
+    def _may_attempt(self, manifest: Manifest) -> bool:
+        """Whether an upload could still be part of the sum."""
+        if self._epoch.folder is None or self._parts.clock() >= manifest.deadline_at:
+            return False
+        return not self._terms.shared or self._parts.transport.get("freeze", manifest.round, AGGREGATOR, wait_s=0) is None
 
     def _attempt(self, manifest: Manifest, round_ctx: bytes, progress: Progress) -> Persisted:
         """Writes (1) to (4) for a fresh attempt."""
@@ -204,10 +207,12 @@ class Rounds:
             install_secret=parts.home.install_secret,
             os_random=parts.os_random(32),
             seal_key=seal_key,
+            guardian_keys=self._epoch.guardian_keys,
+            terms=self._terms,
             sign=self._sign,
         )
         persisted = msgspec.structs.replace(upload, own=b"" if own is None else own.to_bytes())
-        files.write_once(self._epoch.folder / "attempt", persisted.to_bytes(), mode=files.PRIVATE)
+        files.write_once(self._folder / "attempt", persisted.to_bytes(), mode=files.PRIVATE)
         return persisted
 
     def _computed(self, progress: Progress) -> tuple[Words, State | None]:
@@ -218,14 +223,15 @@ class Rounds:
         return local.trained(progress.state, progress.own, self._terms, contribute=parts.contribute, randomness=parts.randomness)
 
     def _agree(self, manifest: Manifest, own: Persisted) -> None:
-        """Send, consent and release; returns early when an outcome stands already."""
+        """Send, consent and release; returns early when an outcome stands already. In share mode the upload says it all."""
         parts = self._parts
-        if not self._post("upload", manifest.round, own.upload):
+        expect(parts.home, "upload", manifest.round, parts.member.id, own.upload, due=manifest.round + 1)
+        if not self._post("upload", manifest.round, own.upload) or self._terms.shared:
             return
         freeze = self._await("freeze", manifest)
         if freeze is None:
             return
-        frozen = self._frozen(freeze, own.round_ctx, own)
+        frozen = self._witness.frozen(freeze, own.round_ctx, own.header)
         parts.home.promise_consent(manifest.round, frozen.digest)
         consent = Consent(round_ctx=own.round_ctx, silo=parts.member.id, frozen=frozen.digest)
         if not self._post("consent", manifest.round, self._sign("consent", consent)):
@@ -234,7 +240,7 @@ class Rounds:
         if certificate is None:
             return
         certified = guardian_sum.check_certificate(
-            decode(self._open(certificate, "certificate"), Certificate),
+            decode(self._witness.open(certificate, "certificate"), Certificate),
             frozen,
             accepted=parts.accepted,
             epoch_ctx=self._epoch.context,
@@ -243,7 +249,7 @@ class Rounds:
 
     def _release(self, certified: guardian_sum.Certified, own: Persisted) -> bytes:
         """The signed release; sealing draws new randomness, so its bytes are kept before they leave."""
-        path = self._epoch.folder / "release"
+        path = self._folder / "release"
         if path.is_file():
             return path.read_bytes()
         seal_key = bytes.fromhex(self._terms.aggregator.seal_key)
@@ -254,69 +260,48 @@ class Rounds:
 
     def _settle(self, document: bytes, round_ctx: bytes, before: Progress, own: Persisted | None) -> Settled:
         """Verify the outcome, apply it by own arithmetic, compare digests, save, and clean up."""
-        body = self._open(document, "outcome")
-        outcome = decode(body, Outcome)
         number = before.round + 1
-        if (outcome.round, outcome.round_ctx) != (number, round_ctx):
-            raise TrustError(
-                f"the outcome stored for round {number} is for round {outcome.round}",
-                hint="the aggregator is faulty",
-                code="wrong-round",
-            )
-        state = before.state
-        kind: Literal["result", "rejected", "void"] = "void"
-        if outcome.kind == "result":
-            state = next_state(before.state, self._total(outcome, own), self._terms)
-            kind = "rejected" if state is before.state else "result"
-        if outcome.next_state != state.digest:
-            raise TrustError(
-                f"after round {number} the aggregator has {shown(outcome.next_state)}, this silo computed {shown(state.digest)}",
-                hint="keep both machines as they are and compare: one of them is faulty",
-                code="state-differs",
-                round=number,
-            )
+
+        def get(kind: Stage) -> bytes | None:
+            return self._parts.transport.get(kind, number, AGGREGATOR, wait_s=0)
+
+        agreed = self._parts.home.promised_consent(number)
+        if agreed is None and self._epoch.folder is None and not self._terms.shared:  # restored: every silo's signature is there
+            agreed = agreed_set(self._witness, round_ctx, get)
+        judged = self._witness.judged(
+            document, before, round_ctx, own_header=own.header if own else None, consented=agreed, get=get
+        )
+        moved = judged.kind == "result" and own is not None and own.own and judged.stood != 0
         after = Progress(
             contract=self._parts.accepted.digest,
             epoch=self._epoch.number,
             round=number,
             manifest=round_ctx,
-            outcome=hashlib.sha256(body).digest(),
-            voids=0 if kind == "result" else before.voids + 1,
-            state=state,
-            own=State.from_bytes(own.own) if kind == "result" and own is not None and own.own else before.own,
+            outcome=judged.digest,
+            voids=0 if judged.kind == "result" else before.voids + 1,
+            state=judged.state,
+            stood=judged.stood,
+            own=State.from_bytes(own.own) if moved and own is not None else before.own,
         )
+        expect(self._parts.home, "outcome", number, AGGREGATOR, document, due=number + 1)
         self._parts.home.save_progress(after)
         self._finish(after)
-        return Settled(round=number, kind=kind, reason=outcome.reason, state=state, upload_bytes=len(own.upload) if own else 0)
-
-    def _total(self, outcome: Outcome, own: Persisted | None) -> Integers:
-        """The lifted sum of a result, verified against the set this silo consented to."""
-        parts, number = self._parts, outcome.round
-        freeze = parts.transport.get("freeze", number, AGGREGATOR, wait_s=0)
-        if freeze is None:
-            raise TrustError(f"round {number} has a result and no freeze", hint="the aggregator is faulty", code="no-freeze")
-        frozen = self._frozen(freeze, outcome.round_ctx, own)
-        return verified_total(outcome, frozen, consented=parts.home.promised_consent(number), terms=self._terms)
-
-    def _frozen(self, document: bytes, round_ctx: bytes, own: Persisted | None) -> guardian_sum.Frozen:
-        return guardian_sum.check_freeze(
-            decode(self._open(document, "freeze"), Freeze),
-            accepted=self._parts.accepted,
-            epoch_ctx=self._epoch.context,
-            round_ctx=round_ctx,
-            own_header=own.header if own else None,
-        )
+        return Settled(
+            round=number, kind=judged.kind, reason=judged.reason, state=judged.state, upload_bytes=len(own.upload) if own else 0,
+            stood=judged.stood,
+        )  # fmt: skip
 
     def _finish(self, progress: Progress) -> None:
         """What follows a saved state: chain, ledger, secrets, acknowledgement. Repeatable, so a crash between them is harmless."""
         if progress.round in (0, self._finished):
             return
-        self._parts.gate.settle(progress.round, "void" if progress.voids else "result")
+        self._parts.gate.settle(progress.round, "void" if progress.voids else "result", silos=progress.stood)
         self._finished = progress.round
-        if progress.epoch != self._epoch.number:
+        if progress.epoch != self._epoch.number or self._epoch.folder is None:
             return
         self._epoch.settle(progress.round)
         self._forget(progress.round)
+        self._watch.follow(progress.round + 1, wait_s=HEAD_WAIT_S)  # log: the outcome is in it; then this silo's last word
         said = Acknowledgement(
             round_ctx=progress.manifest, silo=self._parts.member.id, outcome=progress.outcome, state=progress.state.digest
         )
@@ -324,16 +309,15 @@ class Rounds:
 
     def _forget(self, settled: int) -> None:
         """Delete the secrets of a settled round. Those of a later one, which a crash left open, stay: they must be sent again."""
-        path = self._epoch.folder / "attempt"
+        path = self._folder / "attempt"
         if path.is_file() and Persisted.from_bytes(path.read_bytes()).round > settled:
             return
         for name in ("attempt", "release"):
-            (self._epoch.folder / name).unlink(missing_ok=True)
-            files.sweep(self._epoch.folder / name)
+            (self._folder / name).unlink(missing_ok=True)
+            files.sweep(self._folder / name)
 
     def _persisted(self, number: int, round_ctx: bytes) -> Persisted | None:
-        path = self._epoch.folder / "attempt"
-        if not path.is_file():
+        if self._epoch.folder is None or not (path := self._folder / "attempt").is_file():
             return None
         found = Persisted.from_bytes(path.read_bytes())
         if (found.round, found.round_ctx) != (number, round_ctx):
@@ -360,7 +344,9 @@ class Rounds:
             self._check_time("outcome", manifest)
 
     def _check_time(self, kind: str, manifest: Manifest) -> None:
-        grace_s = 3 * self._terms.sum.deadline_s  # consents and releases may take a deadline each
+        # Consents and releases may take a deadline each; lists, endorsements, shares and the guardians' closes likewise.
+        grace_s = (6 if self._terms.shared else 3) * self._terms.sum.deadline_s
+        self._parts.pulse()
         if self._parts.clock() >= manifest.deadline_at + grace_s:
             raise RoundError(
                 f"round {manifest.round} has no {kind}, {grace_s} s after its deadline",
@@ -376,14 +362,18 @@ class Rounds:
         try:
             self._parts.transport.put(kind, number, self._parts.member.id, document)
         except (RoundError, Replay):
-            if self._outcome(number) is None:
+            late = self._terms.shared and self._parts.transport.get("freeze", number, AGGREGATOR, wait_s=0) is not None
+            if self._outcome(number) is None and not late:  # a set stands without this silo: it follows the round to its end
                 raise
             return False
         return True
 
-    def _open(self, document: bytes, kind: Literal["manifest", "freeze", "certificate", "outcome"]) -> bytes:
-        key = self._terms.aggregator.verify_key
-        return envelope.open_signed(document, type=kind, context=self._epoch.context, sender=AGGREGATOR, key=key)
+    @property
+    def _folder(self) -> Path:
+        if self._epoch.folder is None:
+            number = self._epoch.number
+            raise TrustError(f"this silo has no part in epoch {number}", hint="it enters the next one", code="not-in-epoch")
+        return self._epoch.folder
 
     def _sign(self, kind: Literal["header", "upload", "consent", "release", "acknowledgement"], message: Wire) -> bytes:
         parts = self._parts

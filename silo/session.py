@@ -5,13 +5,17 @@ Every step is written down before its message leaves, so a silo that crashes goe
 bytes. Promised: one note per epoch; private epoch keys and sent seeds are deleted when all pairs are confirmed; older epochs are
 deleted when a newer one stands; the chain on disk never goes back. Not promised: that deletion wipes the medium.
 
-Files in ``epoch/<number>/``, all 0600: ``secrets`` and ``seeds`` (until confirmed), ``chain``, and those of the open round.
+In share mode an epoch has the silos that posted in time. One that came too late stays outside: it can follow the rounds
+(``public``), which needs nothing secret, and enters the next epoch.
+
+Files in ``epoch/<number>/``, all 0600: ``secrets`` and ``seeds`` (until confirmed), ``chain``, and those of the open round; in
+share mode also ``roster``, which is public.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +24,10 @@ from privacy import epoch as epochs
 from privacy.epoch import EpochSecrets, PairChain, Secret
 from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted, Member
-from privacy.messages import AGGREGATOR, EpochCall, EpochNote, Number, Roster, decode, encode
+from privacy.messages import AGGREGATOR, EpochCall, EpochNote, GuardianNote, Number, Roster, Signed, decode, encode
 from silo.home import Home, remove_folder
 from silo.transport import Transport
+from silo.watch import expect
 
 POLL_S = 5.0
 
@@ -37,11 +42,17 @@ class _Link(Secret, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """A confirmed epoch: its number, epoch_ctx and folder. The chain is read from disk when it is needed."""
+    """A confirmed epoch: its number, epoch_ctx and folder. The chain is read from disk when it is needed.
+
+    ``folder`` is None where this silo has no part in it and only follows. In share mode ``silos`` are those of the roster,
+    ascending, and ``guardian_keys`` what shares are sealed to; in consent mode None, for all members, and nothing.
+    """
 
     number: int
     context: bytes
-    folder: Path
+    folder: Path | None
+    silos: tuple[int, ...] | None = None
+    guardian_keys: Mapping[int, bytes] = field(default_factory=dict)
 
     def round_keys(self, round_ctx: bytes, *, after: int) -> dict[int, bytes]:
         """k_ij for every peer in the round that follows the settled round ``after``.
@@ -60,6 +71,8 @@ class Epoch:
 
     def settle(self, round_number: int) -> None:
         """Move the chain past round ``round_number``, whose outcome is settled; repeating it changes nothing."""
+        if self.folder is None:
+            return
         link = self._link()
         if link.settled >= round_number:
             return
@@ -69,7 +82,7 @@ class Epoch:
         _write_link(self.folder, settled=round_number, chain=chain)
 
     def _link(self) -> _Link:
-        raw = _read(self.folder / "chain")
+        raw = None if self.folder is None else _read(self.folder / "chain")
         if raw is None:
             raise TrustError(f"epoch {self.number} has no chain file", hint="join in a new epoch", code="malformed")
         return _Link.from_bytes(raw)
@@ -83,14 +96,38 @@ def current(home: Home) -> Epoch | None:
     return found
 
 
-def called(transport: Transport, accepted: Accepted, *, after: int) -> int | None:
+class Superseded(TrustError):
+    """The aggregator called an epoch under another version of the contract than the one at work here."""
+
+    default_code = "contract-superseded"
+
+    @classmethod
+    def by(cls, epoch: int, contract: bytes) -> Superseded:
+        """The refusal to go on in ``epoch``, which is called under ``contract``."""
+        return cls(
+            f"epoch {epoch} is called under contract {contract.hex()[:16]}…, which this silo has not countersigned",
+            hint="run `silo join`, read what changes, and then `silo train` again", epoch=epoch, contract=contract.hex(),
+        )  # fmt: skip
+
+
+def called(transport: Transport, accepted: Accepted, *, after: int, former: Container[bytes] = ()) -> int | None:
     """The newest epoch above ``after`` that the aggregator has called for, or None.
 
+    Args:
+        former: digests of the contract's earlier versions: epochs under them are not this silo's any more.
+
     Raises:
+        Superseded: one is called under another contract.
         TrustError: a call is not signed by the aggregator, or says another number or contract.
     """
     newest, number = None, after + 1
     while (document := transport.get("epoch", number, AGGREGATOR, wait_s=0)) is not None:
+        context = decode(document, Signed).context
+        if context in former:
+            number += 1
+            continue
+        if context != accepted.digest:
+            raise Superseded.by(number, context)
         call = decode(_from_aggregator(document, "epoch", accepted), EpochCall)
         if call != EpochCall(contract=accepted.digest, epoch=number):
             raise TrustError(
@@ -100,6 +137,21 @@ def called(transport: Transport, accepted: Accepted, *, after: int) -> int | Non
             )
         newest, number = number, number + 1
     return newest
+
+
+def public(transport: Transport, accepted: Accepted, number: int) -> Epoch:
+    """Epoch ``number`` as everybody sees it, from its roster; for following rounds that this silo has no part in (share mode).
+
+    Raises:
+        RoundError: its roster is not there.
+        TrustError: the roster does not hold.
+    """
+    document = transport.get("roster", number, AGGREGATOR, wait_s=0)
+    if document is None:
+        raise RoundError(f"epoch {number} has no roster", hint="run the same command again", code="epoch-incomplete", epoch=number)
+    body = _from_aggregator(document, "roster", accepted)
+    epochs.check_roster(_roster_of(body, number), accepted)
+    return _seen(number, epochs.epoch_ctx(accepted.digest, number, body), None, body)
 
 
 def establish(
@@ -122,7 +174,7 @@ def establish(
         wait_s: how long to wait for each thing that the others must post.
 
     Raises:
-        RoundError: somebody did not post in time; the message names who.
+        RoundError: somebody did not post in time; the message names who. Code ``not-in-epoch``: the roster is without it.
         TrustError: a note, seed or tag does not hold; the epoch does not start.
         Equivocation: the roster holds another note of this silo than its own.
     """
@@ -131,11 +183,12 @@ def establish(
         folder = home.epoch_folder / str(number)
         files.make_folder(folder, mode=0o700)
         chain = _Setup(
-            transport=transport, identity=identity, accepted=accepted, member=member, number=number, folder=folder, wait_s=wait_s
-        ).run(basis)
+            home=home, settled=settled, transport=transport, identity=identity, accepted=accepted, member=member, number=number,
+            folder=folder, wait_s=wait_s,
+        ).run(basis)  # fmt: skip
         _write_link(folder, settled=settled, chain=chain)
         _forget_setup(folder)
-        found = Epoch(number=number, context=chain.context, folder=folder)
+        found = _seen(number, chain.context, folder, _read(folder / "roster"))
     _forget_older(home, found)
     return found
 
@@ -144,6 +197,8 @@ def establish(
 class _Setup:
     """The set-up of one epoch: four messages, each persisted before it leaves."""
 
+    home: Home
+    settled: int
     transport: Transport
     identity: keys.Identity
     accepted: Accepted
@@ -158,12 +213,21 @@ class _Setup:
         self._post("epoch-note", self.accepted.digest, encode(epochs.note_of(secrets)))
         roster_bytes, notes = self._roster()
         context = epochs.epoch_ctx(self.accepted.digest, self.number, roster_bytes)
+        silos = tuple(note.silo for note in notes)
+        if self.member.id not in silos:
+            raise RoundError(
+                f"epoch {self.number} was made without this silo: it has silos {list(silos)}",
+                hint="this silo enters the next epoch", code="not-in-epoch", epoch=self.number,
+            )  # fmt: skip
+        if self.accepted.terms.shared:
+            files.write_once(self.folder / "roster", roster_bytes, mode=files.PRIVATE)
         self._post_seeds(secrets, notes, context)
-        pairs = epochs.pair_secrets(secrets, notes, self._collect("pair-seeds"), accepted=self.accepted, context=context)
+        seeds = self._collect("pair-seeds", silos)
+        pairs = epochs.pair_secrets(secrets, notes, seeds, accepted=self.accepted, context=context)
         own = epochs.confirmation(secrets, pairs)
         self._post("confirmation", context, encode(own))
-        tags = self._collect("confirmation")
-        epochs.check_confirmations(tags, accepted=self.accepted, context=context, epoch=self.number, own=own)
+        tags = self._collect("confirmation", silos)
+        epochs.check_confirmations(tags, accepted=self.accepted, context=context, epoch=self.number, own=own, silos=silos)
         return PairChain.start(secrets, pairs, context=context)
 
     def _secrets(self, basis: bytes) -> EpochSecrets:
@@ -188,14 +252,10 @@ class _Setup:
         if document is None:
             raise self._late("the roster of", "not every silo has posted its epoch keys")
         body = _from_aggregator(document, "roster", self.accepted)
-        roster = decode(body, Roster)
-        if roster.epoch != self.number:
-            raise TrustError(
-                f"the roster is for epoch {roster.epoch}, wanted {self.number}",
-                hint="the aggregator is faulty",
-                code="wrong-number",
-            )
-        return body, epochs.check_roster(roster, self.accepted)
+        notes = epochs.check_roster(_roster_of(body, self.number), self.accepted)
+        # log: the next head may be out already, so the one after it; before the first round the first.
+        expect(self.home, "roster", self.number, AGGREGATOR, document, due=self.settled + 2 if self.settled else 1)
+        return body, notes
 
     def _post_seeds(self, secrets: EpochSecrets, notes: tuple[EpochNote, ...], context: bytes) -> None:
         """Sealing draws new randomness each time, so the bytes are kept before they leave: a board takes one version only."""
@@ -206,11 +266,11 @@ class _Setup:
             files.write_once(path, document, mode=files.PRIVATE)
         self.transport.put("pair-seeds", self.number, self.member.id, document)
 
-    def _collect(self, kind: Literal["pair-seeds", "confirmation"]) -> dict[int, bytes]:
-        """Every member's document of this kind; who is late is named."""
+    def _collect(self, kind: Literal["pair-seeds", "confirmation"], silos: Sequence[int]) -> dict[int, bytes]:
+        """These silos' documents of this kind; who is late is named."""
         found: dict[int, bytes] = {}
         late: list[str] = []
-        for member in self.accepted.terms.member:
+        for member in map(self.accepted.terms.by_id, silos):
             document = self._wait(kind, member.id, 0.0 if late else self.wait_s)
             if document is None:
                 late.append(f"{member.name} ({member.id})")
@@ -254,7 +314,27 @@ def _established(home: Home, number: int) -> Epoch | None:
     if raw is None:
         return None
     _forget_setup(folder)  # a crash may have come between the chain and this
-    return Epoch(number=number, context=PairChain.from_bytes(_Link.from_bytes(raw).chain).context, folder=folder)
+    return _seen(number, PairChain.from_bytes(_Link.from_bytes(raw).chain).context, folder, _read(folder / "roster"))
+
+
+def _roster_of(body: bytes, number: int) -> Roster:
+    roster = decode(body, Roster)
+    if roster.epoch != number:
+        raise TrustError(
+            f"the roster is for epoch {roster.epoch}, wanted {number}", hint="the aggregator is faulty", code="wrong-number"
+        )
+    return roster
+
+
+def _seen(number: int, context: bytes, folder: Path | None, roster: bytes | None) -> Epoch:
+    """An epoch with what its verified roster says, in share mode."""
+    if roster is None:
+        return Epoch(number=number, context=context, folder=folder)
+    made = decode(roster, Roster)
+    silos = tuple(decode(decode(raw, Signed).body, EpochNote).silo for raw in made.notes)
+    guardians = (decode(decode(raw, Signed).body, GuardianNote) for raw in made.guardians)
+    sealing = {note.guardian: note.guardian_key for note in guardians}
+    return Epoch(number=number, context=context, folder=folder, silos=silos, guardian_keys=sealing)
 
 
 def _forget_setup(folder: Path) -> None:
@@ -266,6 +346,7 @@ def _forget_older(home: Home, standing: Epoch) -> None:
     for number in _numbers(home):
         if number < standing.number:
             remove_folder(home.epoch_folder / str(number))
+    home.forget_restored(standing.number)
 
 
 def _write_link(folder: Path, *, settled: int, chain: PairChain) -> None:

@@ -18,13 +18,14 @@ from privacy.guardian_sum import Frozen
 from privacy.messages import Outcome
 from privacy.update_rule import State
 from silo.home import Home, Progress
+from silo.succession import ancestors
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint32]
 
 
 def load_progress(home: Home, accepted: Accepted) -> Progress:
-    """Where the silo stands under this contract; before its first round, the public initial state.
+    """Where the silo stands under this contract, or under a version before it; before its first round, the public initial state.
 
     ``outcome`` is the digest that the next manifest must name as ``previous``: of the last outcome, or of the contract.
 
@@ -36,7 +37,7 @@ def load_progress(home: Home, accepted: Accepted) -> Progress:
         nothing = bytes(32)
         state = update_rule.initial(accepted.terms)
         return Progress(contract=accepted.digest, epoch=0, round=0, manifest=nothing, outcome=accepted.digest, voids=0, state=state)
-    if found.contract != accepted.digest:
+    if found.contract != accepted.digest and found.contract not in ancestors(home, accepted):
         raise TrustError(
             f"the state is of contract {shown(found.contract)}, joined is {shown(accepted.digest)}",
             hint="one silo directory holds one federation; its ledger must be counted into any other run on these records",
@@ -45,12 +46,14 @@ def load_progress(home: Home, accepted: Accepted) -> Progress:
     return found
 
 
-def next_state(state: State, total: Integers, terms: Contract) -> State:
-    """The state after a result; the very same object when the sum is beyond its bounds or the update is not finite."""
-    if not update_rule.accepts(total, terms):
+def next_state(state: State, total: Integers, terms: Contract, *, silos: int | None = None) -> State:
+    """The state after a result over so many silos (None: all); the very same object when the sum is beyond its bounds or the
+    update is not finite.
+    """
+    if not update_rule.accepts(total, terms, silos=silos):
         return state
     try:
-        return update_rule.advance(state, total, terms)
+        return update_rule.advance(state, total, terms, silos=silos)
     except RoundError:
         return state
 
@@ -81,11 +84,12 @@ def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
 def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None, terms: Contract) -> Integers:
     """The lifted sum (d,) of a result, if this silo consented to its set and finds the same sum itself.
 
-    It is computed again from every silo's masked vector and released seed, each held to the header in the set.
+    It is computed again from every silo's masked vector and released seed, and the keys of its pairs with silos outside the set,
+    each held to the headers in the set.
 
     Args:
         frozen: the round's set as check_freeze returned it.
-        consented: the digest this silo promised on disk, or None.
+        consented: the digest this silo promised on disk, in share mode the one that q guardians certified; or None.
 
     Raises:
         TrustError: another set, a vector or seed that contradicts its header, or another sum than theirs.
@@ -109,7 +113,8 @@ def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None,
         raise _faulty(f"round {outcome.round} has vectors of silos {wrong} of another length than {4 * terms.dimension} bytes")
     total = np.frombuffer(outcome.total, dtype="<u4")
     vectors = {silo: np.frombuffer(raw, dtype="<u4") for silo, raw in outcome.vectors}
-    guardian_sum.check_total(total, vectors, dict(outcome.seeds), frozen)
+    pair_keys = {(i, j): key for i, j, key in outcome.pair_keys}
+    guardian_sum.check_total(total, vectors, dict(outcome.seeds), frozen, pair_keys)
     return ring.lift(total)
 
 

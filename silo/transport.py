@@ -30,6 +30,7 @@ from privacy.errors import (
     SiloquyError,
     TrustError,
 )
+from privacy.log import MOST_RESOURCE_BYTES
 
 LONGEST_WAIT_S = 30.0
 MOST_BYTES = 16 << 20
@@ -47,6 +48,10 @@ class Transport(Protocol):
 
     def put(self, kind: str, number: int, party: int, data: bytes) -> None:
         """Write the document once; the same bytes again are fine, other bytes are refused."""
+        ...
+
+    def fetch(self, path: str) -> bytes | None:
+        """A resource of the transparency log (privacy.log.is_resource), or None when it is not there."""
         ...
 
     def status(self) -> dict[str, Any]:
@@ -117,6 +122,15 @@ class HttpTransport:
         status, body = self._exchange("PUT", f"/v1/{kind}/{number}/{party}", data=data)
         if status not in (200, 201):
             raise refusal(status, body)
+
+    def fetch(self, path: str) -> bytes | None:
+        """See :class:`Transport`. Raises as :meth:`get` does."""
+        status, body = self._exchange("GET", f"/log/{path}", most=MOST_RESOURCE_BYTES)
+        if status == 200:
+            return body
+        if not (status == 404 and _problem(body).code == _NOT_THERE):
+            raise refusal(status, body)
+        return None
 
     def status(self) -> dict[str, Any]:
         """See :class:`Transport`. Raises as :meth:`get` does, and TrustError when the answer is not JSON."""

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import envelope, guardian_sum, noise, ring
+from privacy import envelope, guardian_sum, noise, ring, shares
 from privacy.epoch import Secret
 from privacy.errors import MachineError
 from privacy.federation import Contract, ring_plan
@@ -81,6 +81,8 @@ def masked(
     install_secret: bytes,
     os_random: bytes,
     seal_key: bytes,
+    guardian_keys: Mapping[int, bytes],
+    terms: Contract,
     sign: Callable[[Literal["header", "upload"], Wire], bytes],
 ) -> Persisted:
     """The finished upload of one attempt, ready to be persisted and then sent.
@@ -88,14 +90,22 @@ def masked(
     Args:
         x: from :func:`noisy`, or ``silo.local.trained``.
         os_random: 32 fresh bytes of the operating system, for this attempt's self-mask seed.
+        guardian_keys: in share mode what the shares of its secrets are sealed to, by guardian; in consent mode nothing.
         sign: gives this silo's signed document of a message, in the context of the epoch.
     """
     seed = guardian_sum.self_seed(install_secret, attempt, hashlib.sha256(x.tobytes()).digest(), os_random)
     y = guardian_sum.mask(x, round_ctx=round_ctx, silo=silo, attempt=attempt, self_seed=seed, pair_keys=pair_keys)
+    dealt = shares.Dealt(bundles=(), entries=())
+    if terms.shared:
+        dealt = shares.deal(
+            self_seed=seed, pair_keys=pair_keys, round_ctx=round_ctx, silo=silo, attempt=attempt, terms=terms,
+            guardian_keys=guardian_keys,
+        )  # fmt: skip
     stated = guardian_sum.build_header(
-        y, round_ctx=round_ctx, silo=silo, attempt=attempt, ledger_counter=ledger_counter, self_seed=seed, pair_keys=pair_keys
-    )
+        y, round_ctx=round_ctx, silo=silo, attempt=attempt, ledger_counter=ledger_counter, self_seed=seed, pair_keys=pair_keys,
+        bundles=dealt.entries,
+    )  # fmt: skip
     header = sign("header", stated)
     sealed = envelope.seal(seal_key, y.tobytes(), info=guardian_sum.upload_info(round_ctx=round_ctx, silo=silo, header=header))
-    upload = sign("upload", Upload(header=header, sealed=sealed))
+    upload = sign("upload", Upload(header=header, sealed=sealed, bundles=dealt.bundles))
     return Persisted(round=round_number, round_ctx=round_ctx, attempt=attempt, self_seed=seed, header=header, upload=upload)

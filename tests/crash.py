@@ -321,10 +321,13 @@ class Commands:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(WARM))
 
-    def start(self, *words: object, home: Path, spare: Collection[str] | None = None, fate: str = "killed") -> Command:
+    def start(
+        self, *words: object, home: Path, spare: Collection[str] | None = None, fate: str = "killed", watch: Path | None = None
+    ) -> Command:
+        """Start a command. What it changes under ``watch``, its home unless given, are its sites."""
         self.count += 1
         log = self.folder / f"{self.count}-{words[1]}.log"
-        given = ([*map(str, words), "--home", str(home)], str(log), str(home), spare, fate)
+        given = ([*map(str, words), "--home", str(home)], str(log), str(watch or home), spare, fate)
         process = self.context.Process(target=_live, args=given, daemon=True)
         process.start()
         command = Command(process, log)

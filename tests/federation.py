@@ -16,7 +16,7 @@ from aggregator.board import Board
 from aggregator.config import Config, Home, Listen
 from aggregator.coordinator import Coordinator
 from aggregator.store import Store
-from privacy import envelope, guardian_sum, update_rule
+from privacy import envelope, guardian_sum, log, notes, update_rule
 from privacy import epoch as epochs
 from privacy.federation import parse, ring_plan
 from privacy.keys import Identity
@@ -100,7 +100,17 @@ class HonestSilo:
         if self.hub("epoch", number, self.accepted.digest):
             self.set_up(number)
         elif self.chain is not None:
+            self.cosign(self.settled + 1)
             self.take_part(self.settled + 1)
+
+    def cosign(self, number: int) -> None:
+        """Cosign the log's head of a round; an honest silo of this kind does not look what is in it."""
+        checkpoint = self.board.get("checkpoint", number, AGGREGATOR)
+        if checkpoint is not None and ("cosignature", number) not in self.sent and "cosignature" not in self.withhold:
+            text, name = notes.parse(checkpoint).text, log.cosigner_name(self.accepted.terms, self.member)
+            made = notes.cosigned(text, name=name, seed=self.identity.sign_seed, time=int(START)).to_bytes()
+            self.board.put("cosignature", number, self.id, made)
+            self.sent["cosignature", number] = made
 
     def set_up(self, number: int) -> None:
         digest = self.accepted.digest

@@ -144,13 +144,20 @@ def private_seeds(*homes: Path) -> list[bytes]:
         for path in home.rglob("*.key"):
             raw = path.read_bytes()
             if raw.startswith(b"#"):
-                lines = [line.split(b'"')[1] for line in raw.splitlines() if line.startswith((b"sign_seed", b"receive_seed"))]
+                names = (b"sign_seed", b"receive_seed", b"ml_dsa_seed")
+                lines = [line.split(b'"')[1] for line in raw.splitlines() if line.startswith(names)]
                 found += [bytes.fromhex(line.decode()) for line in lines]
             else:
                 assert len(raw) == 32
                 found.append(raw)
     assert found
     return found
+
+
+def private_seeds_of(path: Path) -> list[bytes]:
+    """The seeds in one identity's file."""
+    lines = [line.split(b'"')[1] for line in path.read_bytes().splitlines() if b"_seed = " in line]
+    return [bytes.fromhex(line.decode()) for line in lines]
 
 
 def mentions(data: bytes, seeds: list[bytes]) -> bool:

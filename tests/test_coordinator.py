@@ -48,7 +48,7 @@ def test_progress_counts_the_arrivals_of_every_step(federation):
     drive(federation, federation.coordinator(), 1)
     steps = {event.step: event for event in federation.events}
     assert list(steps) == [
-        "countersignature", "epoch-note", "pair-seeds", "confirmation", "upload", "consent", "release", "outcome",
+        "countersignature", "epoch-note", "pair-seeds", "confirmation", "cosignature", "upload", "consent", "release", "outcome",
         "acknowledgement",
     ]  # fmt: skip
     assert all(event.arrived == event.expected == 3 for event in steps.values())
@@ -147,7 +147,7 @@ def test_rejected_rounds_count_like_void_ones_and_stop_it_for_good(tmp_path, mon
     federation.silos[2].withhold.add("upload")
     assert coordinator.run_round(2).kind == "void"
     federation.silos[2].withhold.clear()
-    monkeypatch.setattr(update_rule, "accepts", lambda total, terms: False)
+    monkeypatch.setattr(update_rule, "accepts", lambda total, terms, **_: False)
     rejected = coordinator.run_round(3)
     assert (rejected.kind, rejected.reason) == ("result", "rejected")
     with pytest.raises(RoundError, match=r"3 rounds in a row were void or rejected .*absent, rejected.* allows 3"):

@@ -436,7 +436,7 @@ def test_after_the_contract_expired_everything_can_be_read_and_nothing_trained(t
         session = terminal(f"silo {command}", "--home", home.root, "--json")
         assert (session.code, session.error["code"]) == (4, "expired")
     with pytest.raises(TrustError, match="expired"):
-        membership.joined(home, keys.load(home.identity_path), now=datetime.datetime.now(datetime.UTC))
+        membership.joined(home, now=datetime.datetime.now(datetime.UTC))
 
 
 def test_in_local_mode_the_silos_own_state_stays_at_home(north, tiny, tmp_path):

@@ -105,5 +105,6 @@ def test_train_says_that_the_disk_is_full_at_every_write_and_the_ledger_never_un
         others.settled(last)
         others.check()
     written = {site.split(" ", 1)[1].rstrip("~") for site in sites}
-    for name in ("ledger.jsonl", "promises/manifest-N", "promises/consent-N", "epoch/N/attempt", "epoch/N/release", "state.safetensors"):
+    of_a_round = ("promises/manifest-N", "promises/consent-N", "epoch/N/attempt", "epoch/N/release", "state.safetensors")
+    for name in ("ledger.jsonl", *of_a_round):
         assert name in written, (name, sorted(written))

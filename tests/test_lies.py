@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from aggregator import rounds
-from privacy import files, keys, ledger, ring
+from privacy import files, ledger, ring
 from privacy.errors import BudgetExhausted, ConfigError, LedgerBroken, PrivacyRefusal, TrustError
 from privacy.federation import Accepted, parse
 from privacy.guardian_sum import check_total
-from silo import commands, membership, reading
+from silo import commands, keyring, membership
 from silo.config import Limits
 from silo.home import Home
 from silo.settlement import verified_total
@@ -136,8 +136,7 @@ def silo(tmp_path):
 
 
 def spend(root, contract: Accepted, *, round_number: int, promise: bool = True) -> None:
-    identity = keys.load(Home(root).identity_path)
-    with commands._gate(Home(root), identity, contract, commands.config.load(Home(root).config_path)) as gate:
+    with commands._gate(Home(root), contract, commands.config.load(Home(root).config_path), 0) as gate:
         gate.declare()
         gate.admit(round_number, os.urandom(16))
     if promise:
@@ -171,7 +170,7 @@ def test_a_failure_that_comes_back_does_not_burn_the_plan(silo):
     with pytest.raises(PrivacyRefusal, match="attempted 3 times") as caught:
         spend(root, contract(), round_number=1)
     assert caught.value.code == "too-many-attempts"
-    history = ledger.History.read(Home(root).ledger_path, verify=reading.verifier(keys.load(Home(root).identity_path)))
+    history = ledger.History.read(Home(root).ledger_path, verify=keyring.verifier(Home(root)))
     assert sum(event.steps for event in history.charged()) == 3
     spend(root, contract(), round_number=2)
 

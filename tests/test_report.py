@@ -37,10 +37,12 @@ guarantee.adversaries[].effective_noise_multiplier guarantee.adversaries[].name 
 guarantee.adversaries[].plan.epsilon_pld guarantee.adversaries[].plan.epsilon_rdp guarantee.adversaries[].plan.rounds
 guarantee.adversaries[].plan.steps guarantee.adversaries[].shares guarantee.adversaries[].spent.epsilon
 guarantee.adversaries[].spent.epsilon_pld guarantee.adversaries[].spent.epsilon_rdp guarantee.adversaries[].spent.rounds
-guarantee.adversaries[].spent.steps guarantee.adversaries[].who guarantee.delta guarantee.odds[].false_positive_rate
+guarantee.adversaries[].spent.steps guarantee.adversaries[].stood guarantee.adversaries[].who guarantee.delta
+guarantee.odds[].false_positive_rate
 guarantee.odds[].plan guarantee.odds[].spent guarantee.relation guarantee.unit mechanism[].meaning mechanism[].name
 mechanism[].symbol mechanism[].value rounds[].bytes_in rounds[].closed_at rounds[].kind rounds[].number rounds[].opened_at
-rounds[].outcome_digest rounds[].participants[] rounds[].reason rounds[].state_digest schema silos[].fingerprint silos[].left
+rounds[].outcome_digest rounds[].participants[] rounds[].reason rounds[].state_digest rounds[].stood schema
+silos[].fingerprint silos[].left
 silos[].limit silos[].name silos[].organisation silos[].rounds_left silos[].silo silos[].spent.epsilon silos[].spent.epsilon_pld
 silos[].spent.epsilon_rdp silos[].spent.rounds silos[].spent.steps software.* summary[] traffic.left[].form traffic.left[].reader
 traffic.left[].what traffic.lora_bytes traffic.received_bytes traffic.stayed[] traffic.upload_bytes

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from aggregator import admission, rounds
-from privacy import envelope, federation, files, guardian_sum, keys, ledger, ring, update_rule
+from privacy import envelope, federation, files, guardian_sum, keys, ledger, log, notes, ring, update_rule
 from privacy.budget import Gate, Limits
 from privacy.entries import Commit
 from privacy.errors import BudgetExhausted, Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.messages import AGGREGATOR, Acknowledgement, decode, encode
+from privacy.tree import Tree
 from privacy.update_rule import State
 from silo import config, membership, participation, session, settlement
 from silo.home import Home
@@ -49,6 +50,8 @@ class Hub:
         self.condition = threading.Condition()
         self.puts: list[tuple[str, int, int, bytes]] = []
         self.stopped_after: str | None = None
+        self.cosigners: dict[int, keys.Identity] = {}
+        self.tree: dict[str, bytes] = {}
 
     # the view of aggregator.rounds.Documents
     def parties(self, kind, number):
@@ -76,11 +79,38 @@ class Hub:
             view = View(self)
             admission.admit(kind, number, party, data, view)
             self.documents[kind, number, party] = data
-            self.advance()
+            if kind != "cosignature":
+                self.advance()
             self.condition.notify_all()
 
     def status(self):
         return {}
+
+    def fetch(self, path):
+        return self.tree.get(path)
+
+    def publish_head(self, number):
+        """The log's head of a round, over all documents of now, cosigned by all; and its one tile. There is one for a round."""
+        if ("head", number, AGGREGATOR) in self.documents:
+            return notes.checkpoint(notes.parse(self.documents["head", number, AGGREGATOR]).text)
+        slots = [slot for slot in self.documents if slot[0] not in log.UNLOGGED]
+        leaves = [
+            encode(log.Leaf(kind=k, number=n, party=p, digest=hashlib.sha256(self.documents[k, n, p]).digest(), time=0))
+            for k, n, p in slots
+        ]
+        terms, made = self.accepted.terms, Tree()
+        for leaf in leaves:
+            made.append(leaf)
+        self.tree[log.tile_path("entries", 0, len(leaves))] = log.bundle(leaves)
+        head = notes.Checkpoint(origin=log.origin(terms), size=made.size, root=made.root())
+        note = notes.signed(head.text, name=head.origin, seed=self.identity.sign_seed)
+        cosigned = [
+            notes.cosigned(head.text, name=log.cosigner_name(terms, terms.by_id(s)), seed=each.sign_seed, time=1)
+            for s, each in self.cosigners.items()
+        ]
+        self.documents["checkpoint", number, AGGREGATOR] = note.to_bytes()
+        self.documents["head", number, AGGREGATOR] = notes.joined(note, cosigned).to_bytes()
+        return head
 
     def publish(self, kind, number, context, message):
         body = message if isinstance(message, bytes) else encode(message)
@@ -112,6 +142,8 @@ class Hub:
                 return
             if (kind, number, 0) not in self.documents:
                 self.publish(kind, number, opened.context, make(opened))
+                if kind == "outcome":
+                    self.publish_head(number + 1)
 
     def _freeze(self, opened):
         headers = {s: upload_of(raw).header for s, raw in self.bodies("upload", opened.number).items()}
@@ -151,8 +183,9 @@ class Hub:
             if number > 1:
                 before = rounds.round_in(View(self), self.accepted, number - 1)
                 previous = hashlib.sha256(rounds.outcome_in(View(self), self.accepted, before)[0]).digest()
+            head = self.publish_head(number)
             made = rounds.manifest(
-                accepted=self.accepted, at=at, number=number, previous=previous, state=self.state, now=time.time()
+                accepted=self.accepted, at=at, number=number, previous=previous, state=self.state, now=time.time(), head=head
             )
             made = type(made)(**{**{f: getattr(made, f) for f in made.__struct_fields__}, **changes})
             self.publish("manifest", number, at.context, made)
@@ -162,6 +195,7 @@ class Hub:
         with self.condition:
             opened = rounds.round_in(View(self), self.accepted, number)
             self.publish("outcome", number, opened.context, rounds.void(opened, self.state, reason))
+            self.publish_head(number + 1)
             self.condition.notify_all()
 
 
@@ -308,7 +342,7 @@ def establish(root, **changes):
             home,
             hub,
             identity,
-            membership.fetch_contract(hub, accepted.digest.hex()),
+            membership.fetch(hub, accepted.digest.hex()).newest,
             limits=config.Limits(epsilon=50.0, delta=1e-5),
             now=NOW,
             check_local=lambda accepted: None,
@@ -327,6 +361,7 @@ class World:
         shutil.copytree(base, self.root)
         self.hub = Hub(self.accepted, identity)
         self.hub.documents = dict(documents)
+        self.hub.cosigners = {s: keys.load(Home(self.root / f"silo-{s}").identity_path) for s in SILOS}
 
     def silo(self, silo, **options):
         return Silo(self.root / f"silo-{silo}", self.accepted, silo, self.hub, **options)
@@ -452,7 +487,9 @@ def killed(world, monkeypatch, survive, after, job):
 
 
 WRITES = [
-    "ledger.jsonl", "manifest-1", "attempt", "consent-1", "release", "state.safetensors", "ledger.jsonl", "chain",
+    "head", "cosignature-1", "ledger.jsonl", "manifest-1", "attempt", "expect-upload-1-1", "consent-1", "release",
+    "expect-outcome-1-0", "state.safetensors", "ledger.jsonl", "chain", "receipt-outcome-1", "receipt-upload-1", "head",
+    "cosignature-2",
 ]  # fmt: skip
 
 
@@ -500,7 +537,7 @@ def test_without_a_persisted_upload_everything_is_new(world, monkeypatch):
     world.hub.open_round(1)
     sent = []
     monkeypatch.setattr("silo.round.masked", lambda x, **given: sent.append((x, given["attempt"])) or _original_masked(x, **given))
-    gave, _ = killed(world, monkeypatch, 2, False, lambda silo: silo.take_part())
+    gave, _ = killed(world, monkeypatch, WRITES.index("attempt"), False, lambda silo: silo.take_part())
     assert gave is None
     assert not [p for p in world.hub.puts if p[0] == "upload"]
     in_threads(*(lambda s=s: world.silo(s).take_part() for s in SILOS))
@@ -511,14 +548,14 @@ def test_without_a_persisted_upload_everything_is_new(world, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("survive", range(3))
+@pytest.mark.parametrize("survive", range(4))
 def test_killed_in_the_set_up_of_an_epoch_the_same_keys_go_on(world, monkeypatch, survive, after):
     world.hub.call(2)
 
     def first_then_again():
         gave, log = killed(world, monkeypatch, survive, after, lambda silo: silo.set_up(2))
         assert gave is None
-        assert log == ["secrets", "seeds", "chain"][: survive + 1]
+        assert log == ["secrets", "expect-roster-2-0", "seeds", "chain"][: survive + 1]
         return world.silo(1).set_up(2)
 
     epochs = in_threads(first_then_again, *(lambda s=s: world.silo(s).set_up(2) for s in (2, 3)))
@@ -568,11 +605,12 @@ def test_a_silo_leaves_an_epoch_that_the_aggregator_gave_up(world, monkeypatch):
 
 def test_after_a_restart_a_round_that_is_over_is_promised_and_sent_nothing(world, monkeypatch):
     world.hub.open_round(1)
-    assert killed(world, monkeypatch, 2, True, lambda silo: silo.take_part())[0] is None  # the upload is on the disk
+    # Then the upload is on the disk.
+    assert killed(world, monkeypatch, WRITES.index("attempt"), True, lambda silo: silo.take_part())[0] is None
     world.hub.void(1)
     before = len(world.hub.puts)
     assert world.silo(1).take_part().kind == "void"
-    assert [put[0] for put in world.hub.puts[before:]] == ["acknowledgement"]
+    assert [put[0] for put in world.hub.puts[before:]] == ["cosignature", "cosignature", "acknowledgement"]
     assert Home(world.root / "silo-1").promised_consent(1) is None
     assert len(attempts(world, 1, 1)) == 1
 
@@ -608,7 +646,7 @@ def test_silos_stop_after_max_void_rounds(world):
 
 def test_rejected_sums_count_like_void_rounds_and_stop_the_silos(world, monkeypatch):
     with monkeypatch.context() as bounds:
-        bounds.setattr(update_rule, "accepts", lambda total, terms: False)
+        bounds.setattr(update_rule, "accepts", lambda total, terms, **_: False)
         assert {settled.kind for settled in world.run_round(1).values()} == {"rejected"}
     assert {world.progress(silo).voids for silo in SILOS} == {1}
     world.hub.open_round(2)
@@ -642,7 +680,7 @@ def test_a_void_round_and_a_rejected_sum_leave_the_moments_where_they_were(alone
     assert {silo: alone.progress(silo).own.to_bytes() for silo in SILOS} == before
     alone.run_round(3)
     before = {silo: alone.progress(silo).own.to_bytes() for silo in SILOS}
-    monkeypatch.setattr(update_rule, "accepts", lambda total, terms: False)
+    monkeypatch.setattr(update_rule, "accepts", lambda total, terms, **_: False)
     assert {s.kind for s in alone.run_round(4).values()} == {"rejected"}
     assert {silo: alone.progress(silo).own.to_bytes() for silo in SILOS} == before
     monkeypatch.undo()
@@ -831,10 +869,10 @@ def test_the_fingerprint_decides(world):
     accepted = world.accepted
     grouped = keys.fingerprint(membership.aggregator_identity(accepted.terms))
     for good in (grouped, grouped.replace(" ", ""), grouped.upper(), accepted.digest.hex()):
-        assert membership.fetch_contract(world.hub, good).digest == accepted.digest
+        assert membership.fetch(world.hub, good).newest.digest == accepted.digest
     for bad in ("", "00" * 32, grouped[:-1], accepted.digest.hex()[:32]):
         with pytest.raises(TrustError, match="fingerprint"):
-            membership.fetch_contract(world.hub, bad)
+            _ = membership.fetch(world.hub, bad).newest
 
 
 def test_every_countersignature_is_verified_here(world):
@@ -854,12 +892,11 @@ def test_every_countersignature_is_verified_here(world):
 
 def test_joined_is_verified_again_at_every_start(world):
     home = Home(world.root / "silo-2")
-    identity = keys.load(home.identity_path)
-    assert membership.joined(home, identity, now=NOW)[1].id == 2
+    assert membership.joined(home, now=NOW)[1].id == 2
     path = home.root / "contract" / "v1" / "contract"
     path.write_bytes(path.read_bytes().replace(b"rounds = 10", b"rounds = 99"))
     with pytest.raises(TrustError):
-        membership.joined(home, identity, now=NOW)
+        membership.joined(home, now=NOW)
 
 
 def test_the_terms_name_everything_a_silo_agrees_to(world):

@@ -8,12 +8,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from aggregator import rounds
+from aggregator import rounds, versions
 from privacy import envelope, guardian_sum, update_rule
 from privacy.errors import ConfigError, RoundError, TrustError
 from privacy.federation import ring_plan
 from privacy.messages import AGGREGATOR, Manifest, Outcome, Signed, decode, encode
+from privacy.notes import Checkpoint
 from tests.federation import START, Federation, signed_by_hub, silo_identity, upload_of
+
+HEAD = Checkpoint(origin="test-federation/log", size=7, root=b"r" * 32)
 
 
 @pytest.fixture
@@ -34,27 +37,29 @@ def outcome_of(federation, number):
 
 def test_a_contract_is_opened_only_with_the_key_that_it_names(federation):
     raw = federation.store.get("contract", 1, AGGREGATOR)
-    assert rounds.open_contract(raw).digest == federation.accepted.digest
+    assert versions.open_contract(raw).digest == federation.accepted.digest
     body = decode(raw, Signed).body
     forged = envelope.sign(silo_identity(1), type="contract", context=federation.accepted.digest, sender=AGGREGATOR, body=body)
     with pytest.raises(TrustError):
-        rounds.open_contract(forged)
+        versions.open_contract(forged)
     with pytest.raises(TrustError):
-        rounds.open_contract(signed_by_hub("contract", bytes(32), body))
+        versions.open_contract(signed_by_hub("contract", bytes(32), body))
     other = body.replace(b"rounds = 10", b"rounds = -1")
     with pytest.raises(ConfigError):
-        rounds.open_contract(signed_by_hub("contract", hashlib.sha256(other).digest(), other))
+        versions.open_contract(signed_by_hub("contract", hashlib.sha256(other).digest(), other))
 
 
 def test_the_manifest_states_the_plan_the_state_and_the_chain(federation):
     at = rounds.Epoch(number=4, context=bytes([7]) * 32)
     state = update_rule.initial(federation.accepted.terms)
-    made = rounds.manifest(accepted=federation.accepted, at=at, number=9, previous=bytes([1]) * 32, state=state, now=START + 0.9)
+    made = rounds.manifest(
+        accepted=federation.accepted, at=at, number=9, previous=bytes([1]) * 32, state=state, now=START + 0.9, head=HEAD
+    )
     plan = ring_plan(federation.accepted.terms)
     assert made == Manifest(
         epoch_ctx=at.context, epoch=4, round=9, previous=bytes([1]) * 32, base_state=state.digest,
         dimension=federation.accepted.terms.dimension, ring_bits=32, lattice_bits=plan.lattice_bits, clamp=plan.clamp,
-        opened_at=int(START), deadline_at=int(START) + 10,
+        opened_at=int(START), deadline_at=int(START) + 10, log_size=7, log_root=b"r" * 32,
     )  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def test_a_manifest_of_another_epoch_or_signer_does_not_open(federation):
     federation.ready()
     at = rounds.epoch_in(federation.store, federation.accepted, 1)
     state = update_rule.initial(federation.accepted.terms)
-    made = rounds.manifest(accepted=federation.accepted, at=at, number=1, previous=bytes(32), state=state, now=START)
+    made = rounds.manifest(accepted=federation.accepted, at=at, number=1, previous=bytes(32), state=state, now=START, head=HEAD)
     for number, body, context in ((5, changed(made, epoch=2), at.context), (6, changed(made, epoch_ctx=bytes(32)), bytes(32))):
         federation.store.put_once("manifest", number, AGGREGATOR, signed_by_hub("manifest", context, body), received_at=0)
         with pytest.raises(TrustError, match="another epoch"):

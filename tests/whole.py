@@ -24,7 +24,7 @@ from aggregator import config as places
 from aggregator.board import Board
 from aggregator.coordinator import Coordinator, coordinating
 from aggregator.store import Store
-from privacy import envelope, federation, keys, ledger
+from privacy import envelope, federation, keys, ledger, log
 from privacy.budget import Gate, Limits
 from privacy.messages import AGGREGATOR
 from privacy.prg import Randomness
@@ -33,6 +33,7 @@ from silo.home import Home
 from silo.participation import participate
 from silo.round import Parts, Rounds, Settled
 from silo.settlement import load_progress
+from silo.watch import Watch
 from tests.terms import contract_bytes
 
 SILOS = (1, 2, 3)
@@ -105,8 +106,8 @@ class View:
 class Line:
     """A silo's transport: the board, without HTTP. ``alter`` may change what this silo is shown, or raise PowerCut."""
 
-    def __init__(self, board: Board, bell: threading.Condition, power: Power):
-        self.board, self.bell, self.power = board, bell, power
+    def __init__(self, board: Board, bell: threading.Condition, power: Power, log_folder: Path):
+        self.board, self.bell, self.power, self.log_folder = board, bell, power, log_folder
         self.alter: Callable[[tuple[str, int, int], bytes | None], bytes | None] = lambda slot, data: data
 
     def get(self, kind, number, party, *, wait_s):
@@ -122,6 +123,12 @@ class Line:
     def put(self, kind, number, party, data):
         self.power.check()
         self.board.put(kind, number, party, data)
+
+    def fetch(self, path):
+        self.power.check()
+        assert log.is_resource(path)
+        found = self.log_folder / path
+        return self.alter(("log", path), found.read_bytes() if found.is_file() else None)
 
     def status(self):
         return self.board.status()
@@ -152,19 +159,20 @@ def contribution(silo: int):
 class Silo:
     """A silo's process over its home; making a new one is a restart. Use as a context: it holds the ledger's lock."""
 
-    def __init__(self, root: Path, accepted, silo: int, line, *, contribute=None, limits=LIMITS, seeded=False):
+    def __init__(self, root: Path, accepted, silo: int, line, *, contribute=None, limits=LIMITS, seeded=False, clock=time.time):
         self.id, self.home, self.line, self.drawn = silo, Home(root), line, {}
         self.identity = keys.load(self.home.identity_path)
         verify = functools.partial(keys.verify_signature, self.identity.public.sign_key)
         self.ledger = ledger.Ledger.open(self.home.ledger_path, sign=self.identity.sign, clock=time.time, verify=verify)
         self.gate = Gate(
             self.ledger, limits, plan=federation.mechanism(accepted.terms), contract=accepted.digest.hex(),
-            steps_per_attempt=accepted.terms.training.steps_per_round,
+            steps_per_attempt=accepted.terms.training.steps_per_round, fewest=accepted.terms.fewest,
         )  # fmt: skip
         self.gate.declare()
         self.parts = Parts(
-            home=self.home, transport=line, identity=self.identity, accepted=accepted, member=accepted.terms.by_id(silo),
-            gate=self.gate, contribute=contribute or contribution(silo), clock=time.time,
+            home=self.home, transport=line, identity=self.identity.under(accepted.terms.signatures), accepted=accepted,
+            member=accepted.terms.by_id(silo),
+            gate=self.gate, contribute=contribute or contribution(silo), clock=clock,
             **({"randomness": self.seeded_noise} if seeded else {}),
         )  # fmt: skip
 
@@ -174,10 +182,11 @@ class Silo:
         self.drawn[number] = self.drawn.get(number, 0) + 1
         return noise_source(self.id, number, self.drawn[number])
 
-    def rounds(self, count: int, wait_s: float = PATIENCE_S) -> Iterator[Settled]:
-        return participate(self.parts, basis=BASIS, rounds=count, wait_s=wait_s)
+    def rounds(self, count: int, wait_s: float | None = None) -> Iterator[Settled]:
+        usual_s = 20 * PATIENCE_S if self.parts.accepted.terms.shared else PATIENCE_S  # whose clock a test moves on
+        return participate(self.parts, basis=BASIS, rounds=count, wait_s=usual_s if wait_s is None else wait_s)
 
-    def take_part(self, count: int, wait_s: float = PATIENCE_S) -> list[Settled]:
+    def take_part(self, count: int, wait_s: float | None = None) -> list[Settled]:
         with self:
             return list(self.rounds(count, wait_s))
 
@@ -196,39 +205,47 @@ class Whole:
     """A federation in ``root``. Its folders may be copied and opened again with ``Whole.opened``."""
 
     def __init__(self, root: Path, accepted, *, power: Power | None = None):
-        self.root, self.accepted = root, accepted
+        self.root, self.accepted, self.silos = root, accepted, tuple(member.id for member in accepted.terms.member)
         self.bell, self.power, self.clock = threading.Condition(threading.RLock()), power or Power(), Clock()
         self.home = places.Home(root / "aggregator")
         self.store = LoggingStore(
             self.home.evidence_folder, self.home.database_url(self.home.config()), bell=self.bell, power=self.power
         )
         self.board = Board(self.store, admission.admit, self.clock)
+        self.waiting = None
         self.identity = keys.load(self.home.identity_path)
 
     @classmethod
-    def create(cls, root: Path, **changes) -> Whole:
-        """A new federation, its contract published and countersigned by all; no epoch yet."""
+    def create(cls, root: Path, *, silos=SILOS, notaries: int = 0, **changes) -> Whole:
+        """A new federation, its contract published and countersigned by all; no epoch yet.
+
+        In share mode all silos are guardians; or, with ``notaries``, so many homes of their own are.
+        """
         hub = places.Home.create(root / "aggregator", places.Config(name="hub"))
         hub_identity = keys.create(hub.identity_path, name="hub", receives=True)
         identities = {}
-        for silo in SILOS:
+        for silo in silos:
             home = Home.create(root / f"silo-{silo}")
             identity = identities[silo] = keys.create(home.identity_path, name=f"silo-{silo}", receives=False)
             verify = functools.partial(keys.verify_signature, identity.public.sign_key)
             ledger.Ledger.create(home.ledger_path, who=identity.name, sign=identity.sign, clock=time.time, verify=verify).close()
         changes["sum"] = {"deadline_s": 60, "max_void_rounds": 2, **changes.get("sum", {})}
+        guardians = guardian_tables(root, identities, notaries) if changes["sum"].get("protocol") == "shares" else b""
         accepted = federation.parse(
             contract_bytes(
-                sign_keys=[identities[s].public.sign_key.hex() for s in SILOS],
+                sign_keys=[identities[s].public.sign_key.hex() for s in silos],
                 aggregator_key=hub_identity.public.sign_key.hex(),
                 seal_key=hub_identity.public.seal_key.hex(),
+                **_second_keys(changes.get("signatures"), hub_identity, [identities[s] for s in silos]),
                 **changes,
             )
+            + guardians
         )
         whole = cls(root, accepted)
-        raw = envelope.sign(hub_identity, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
+        signer = hub_identity.under(accepted.terms.signatures)
+        raw = envelope.sign(signer, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
         whole.store.put_once("contract", 1, AGGREGATOR, raw, received_at=time.time())
-        for silo in SILOS:
+        for silo in silos:
             membership.countersign(
                 Home(root / f"silo-{silo}"), whole.line(), identities[silo], accepted,
                 limits=config.Limits(epsilon=50.0, delta=1e-5), now=NOW, check_local=lambda accepted: None,
@@ -250,10 +267,12 @@ class Whole:
         self.store.close()
 
     def line(self) -> Line:
-        return Line(self.board, self.bell, self.power)
+        return Line(self.board, self.bell, self.power, self.home.log_folder)
 
     def silo(self, silo: int, *, folder: str = "", line: Line | None = None, **options) -> Silo:
         root = self.root / (folder or f"silo-{silo}")
+        if self.accepted.terms.shared:  # guardians close a round by their own clocks
+            options.setdefault("clock", self.clock)
         return Silo(root, options.pop("accepted", self.accepted), silo, line or self.line(), **options)
 
     @contextlib.contextmanager
@@ -264,7 +283,7 @@ class Whole:
                 self.bell.wait(seconds)
 
         with coordinating(
-            self.home, store=self.store, identity=self.identity, clock=self.clock, sleep=sleep, progress=lambda event: None
+            self.home, store=self.store, identity=self.identity, clock=self.clock, sleep=sleep, progress=self.told
         ) as made:
             yield made
 
@@ -275,8 +294,9 @@ class Whole:
             coordinator.ensure_epoch()
             return [coordinator.run_round(number) for number in range(coordinator.next_round, last + 1)]
 
-    def run(self, last: int, *, silos=SILOS, **options):
+    def run(self, last: int, *, silos=None, **options):
         """Rounds up to ``last`` with these silos: (what each silo settled, how the rounds closed)."""
+        silos = self.silos if silos is None else silos
         jobs = [functools.partial(self.take_part, silo, last, **options) for silo in silos]
         *settled, closed = together(*jobs, functools.partial(self.coordinate, last))
         return dict(zip(silos, settled, strict=True)), closed
@@ -290,6 +310,14 @@ class Whole:
             Rounds(running.parts, session.current(running.home)).take_part(wait_s=0.0)
             return []
 
+    def cosign(self, silo: int, number: int) -> None:
+        """All that a silo does without taking part in a round: it checks and cosigns the head on which it will be opened."""
+        home = Home(self.root / f"silo-{silo}")
+        watch = Watch(
+            home=home, transport=self.line(), identity=keys.load(home.identity_path), accepted=self.accepted, clock=time.time
+        )
+        assert watch.follow(number, wait_s=PATIENCE_S)
+
     def progress(self, silo: int):
         return load_progress(Home(self.root / f"silo-{silo}"), self.accepted)
 
@@ -301,10 +329,92 @@ class Whole:
         key = keys.load(home.identity_path).public.sign_key
         return ledger.History.read(home.ledger_path, verify=functools.partial(keys.verify_signature, key))
 
+    def told(self, event) -> None:
+        """The coordinator's progress; the last word is kept."""
+        self.waiting = event
+
+    def hurry(self, is_over: Callable[[], bool], *, silent: int, stalled_s: float = 1.0) -> None:
+        """Let a deadline pass whenever no document came for a while, until it is over.
+
+        Only while no more than ``silent`` parties are waited for: a slow machine is not silent. Guardians close by their clocks.
+        """
+        seen, since = len(self.store.log), time.monotonic()
+        while not is_over():
+            time.sleep(0.02)
+            if len(self.store.log) != seen:
+                seen, since = len(self.store.log), time.monotonic()
+            elif time.monotonic() - since > stalled_s and self.waits_for_nobody_else(silent):
+                self.clock.skip(self.accepted.terms.sum.deadline_s + 1.0)
+                since = time.monotonic()
+
+    def waits_for_nobody_else(self, silent: int) -> bool:
+        at = self.waiting
+        return at is None or at.step == "close" or at.arrived >= at.expected - silent
+
+    def run_hurried(self, last: int, *jobs, silent: int = 1):
+        """``coordinate`` beside other jobs, waiting for nobody longer than it takes to see that he is silent; how rounds closed."""
+        done = threading.Event()
+
+        def coordinate():
+            try:
+                return self.coordinate(last)
+            finally:
+                done.set()
+
+        *_, closed, _ = together(*jobs, coordinate, functools.partial(self.hurry, done.is_set, silent=silent))
+        return closed
+
+    def dying(self, kind: str, number: int, *, after: bool = False) -> Line:
+        """The line of a silo whose power goes when it puts its document of this kind: just before, or just after it."""
+        line, dead = self.line(), threading.Event()
+        put = line.put
+
+        def mortal_put(asked, at, party, data):
+            falls = (asked, at) == (kind, number)
+            if dead.is_set() or (falls and not after):
+                dead.set()
+                raise PowerCut
+            put(asked, at, party, data)
+            if falls:
+                dead.set()
+                raise PowerCut
+
+        def shown(slot, data):
+            if dead.is_set():
+                raise PowerCut
+            return data
+
+        line.put, line.alter = mortal_put, shown
+        return line
+
     def wait_for(self, kind: str, number: int, *parties: int) -> None:
         """Return when these parties' documents stand."""
         with self.bell:
             assert self.bell.wait_for(lambda: set(parties) <= set(self.store.parties(kind, number)), PATIENCE_S)
+
+
+def guardian_tables(root: Path, silos: dict[int, keys.Identity], notaries: int) -> bytes:
+    """The contract's guardians: the silos, or so many homes ``notary-…`` that are made here."""
+    found = {silo: (f"silo-{silo}", f"Hospital {silo}", identity) for silo, identity in silos.items()}
+    if notaries:
+        homes = {each: Home.create(root / f"notary-{each}") for each in range(1, notaries + 1)}
+        found = {
+            each: (f"notary-{each}", f"Notary {each}", keys.create(home.identity_path, name=f"notary-{each}", receives=False))
+            for each, home in homes.items()
+        }
+    lines = []
+    for each, (name, organisation, identity) in found.items():
+        lines += ["", "[[guardian]]", f"id = {federation.GUARDIANS_FROM + each}", f'name = "{name}"', ]
+        lines.append(f'organisation = "{organisation}"')
+        lines.append(f'sign_key = "{identity.public.sign_key.hex()}"')
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _second_keys(signatures, hub, silos) -> dict:
+    """What a contract says of ML-DSA keys when its signatures ask for them."""
+    if signatures != keys.HYBRID:
+        return {}
+    return {"ml_dsa_keys": [i.public.ml_dsa_key.hex() for i in silos], "aggregator_ml_dsa_key": hub.public.ml_dsa_key.hex()}
 
 
 def together(*jobs):

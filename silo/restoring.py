@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``silo restore``: a home that was copied back from a backup is made fit to take part again, and its ledger whole.
+
+A backup knows nothing of what this silo spent after it was made. So the ledger is brought up to what this silo's own signed uploads
+on the board state, and every round that was opened since is charged; the secrets of all epochs are gone, and none of them is
+entered again.
+
+**Formal guarantees**
+
+- *Never understated*: of the ledger copies the longest is taken, and each must be a beginning of it. Each own upload that is on the
+  board or in the log has its reservation afterwards, under its own attempt. The lost entries before it are as many as its signed
+  counter states; each is charged as an attempt, but the one note by which the round before ended. Each round that was opened after
+  the last known reservation is charged one attempt, whether there was one or not. Limits change nothing of it: the gate refuses
+  later.
+- *Nothing said twice*: ``epoch/`` is emptied first; each charged round is promised to the manifest on the board, cosignatures are
+  taken back from it, and only an epoch newer than all called ones is entered.
+- *Repeatable*: what is done is read from the disk, so a restore that was killed ends in the same ledger as one that was not.
+  In between the home enters no epoch.
+
+Not promised: that attempts are counted of which the aggregator never got an upload and whose number nothing states, beyond one a
+round; nor what an aggregator hides that shows no log. The next head must continue the one in the backup.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from privacy import envelope, files, guardian_sum, log, notes
+from privacy.entries import Commit, Reserve, Void
+from privacy.errors import LedgerBroken, RoundError, TrustError
+from privacy.federation import Accepted, mechanism
+from privacy.keys import Identity
+from privacy.ledger import History, Ledger
+from privacy.log import Leaf, Tiles
+from privacy.messages import AGGREGATOR, Header, Kind, Manifest, Outcome, Signed, Upload, decode
+from silo import keyring, reading, session, succession
+from silo.commands import transporting
+from silo.home import Home, remove_folder
+from silo.session import Epoch
+from silo.transport import Transport
+from silo.watch import refuse_after_equivocation
+from silo.witness import Witness
+
+_DOMAIN = b"siloquy restored"
+_ATTEMPT_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """This silo's own upload of a round, as its signed header states it."""
+
+    attempt: str
+    counter: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A round that was opened, with what this silo sent in it and how it ended; what is not known is None."""
+
+    number: int
+    contract: Accepted
+    ctx: bytes | None = None
+    sent: _Sent | None = None
+    ended: Literal["result", "without", "void"] | None = None
+
+    @property
+    def key(self) -> str:
+        """The contract's digest, as the ledger has it."""
+        return self.contract.digest.hex()
+
+
+def restore(root: Path, *, ledgers: Sequence[Path] = (), folder: Path | None = None) -> dict[str, Any]:
+    """Bring a home that was copied back up to what this silo did since; repeatable.
+
+    Args:
+        ledgers: other copies of this silo's ledger.
+        folder: exchange documents there, whatever ``silo.toml`` says.
+
+    Raises:
+        ConfigError: there is no silo, or it has joined no federation.
+        LedgerBroken: a copy does not verify, or two have different histories. Nothing was changed.
+        TrustError: a document on the board does not hold, or an upload in the log is not shown.
+        MachineError: the disk or the way to the board; the same command goes on where it stopped.
+    """
+    home, settings = reading.opened(root)
+    with home.locked(), transporting(settings, folder) as transport:
+        facts = restored(home, transport, ledgers=ledgers)
+    budget = reading.budget(root, 0)
+    return {**facts, **{name: budget[name] for name in ("epsilon", "delta", "limit", "rounds_left")}}
+
+
+def restored(home: Home, transport: Transport, *, ledgers: Sequence[Path] = ()) -> dict[str, Any]:
+    """``restore`` of a home that is locked. Raises as it does.
+
+    Formal guarantees: see the module docstring.
+    """
+    refuse_after_equivocation(home)
+    newest = _newest_copy(home, ledgers)
+    _begin(home)
+    if newest is not None:
+        files.write_atomic(home.ledger_path, newest, mode=files.PRIVATE)
+    called, charged = _caught_up(home, transport)
+    home.end_restore(called)
+    return {"charged": charged, "adopted": newest is not None, "epoch": called}
+
+
+def restored_guardian(home: Home, transport: Transport, accepted: Accepted, identity: Identity) -> int:
+    """The same for the home of a guardian alone, that is locked; the newest called epoch. It sits out that one: its secrets are gone.
+
+    Raises:
+        Equivocation: evidence against the aggregator's log lies in the home.
+        TrustError: a cosignature on the board does not hold.
+    """
+    refuse_after_equivocation(home)
+    _begin(home)
+    called = _newest(transport, "epoch")
+    _take_back_cosignatures(home, transport, accepted, identity, last=_newest(transport, "checkpoint"))
+    home.end_restore(called)
+    return called
+
+
+def _begin(home: Home) -> None:
+    home.begin_restore()
+    remove_folder(home.epoch_folder)
+    files.make_folder(home.epoch_folder, mode=0o700)
+
+
+def _caught_up(home: Home, transport: Transport) -> tuple[int, list[dict[str, int]]]:
+    """Charge and promise what the board shows; the newest called epoch, and the attempts charged by round."""
+    accepted, member, identity = succession.at_work(home, transport)
+    versions = {**succession.ancestors(home, accepted), accepted.digest: accepted}
+    called = _newest(transport, "epoch")
+    session.called(transport, accepted, after=0, former=versions.keys() - {accepted.digest})  # each is the aggregator's
+    board = _Board(home=home, transport=transport, accepted=accepted, versions=versions, silo=member.id)
+    rounds = board.rounds()
+    signer = keyring.signer(home, accepted)
+    with Ledger.open(home.ledger_path, sign=signer.sign, verify=keyring.verifier(home), clock=time.time) as ledger:
+        before = _by_round(ledger)
+        _charge(ledger, rounds)
+        after = _by_round(ledger)
+        _promise(home, ledger, rounds)
+    _take_back_cosignatures(home, transport, accepted, identity, last=_newest(transport, "checkpoint"))
+    added = {number: count - before.get(number, 0) for number, count in after.items()}
+    return called, [{"round": number, "attempts": count} for number, count in sorted(added.items()) if count]
+
+
+# --- Ledger copies ---------------------------------------------------------------------------------------------------------------
+
+
+def _newest_copy(home: Home, ledgers: Sequence[Path]) -> bytes | None:
+    """The longest copy, if it is not the home's own; one of those that is missing or damaged is none where another is given.
+
+    Formal guarantees: every copy is verified, and is a beginning of the one that is taken; else LedgerBroken by its path.
+    """
+    own: bytes | None = None
+    try:
+        own = _whole_lines(home, home.ledger_path, "restore its newest copy, or name one with --ledger")
+    except LedgerBroken:
+        if not ledgers:
+            raise
+    copies = {path: _whole_lines(home, path, "leave this copy out, or give a whole one") for path in ledgers}
+    if own is not None:
+        copies[home.ledger_path] = own
+    longest = max(copies, key=lambda path: len(copies[path]))
+    for path, lines in copies.items():
+        if not copies[longest].startswith(lines):
+            raise LedgerBroken(
+                f"{path} and {longest} have different histories",
+                hint="find out which one this silo went on with; nothing was changed", code="ledger-forked",
+            )  # fmt: skip
+    return None if copies[longest] == own else copies[longest]
+
+
+def _whole_lines(home: Home, path: Path, hint: str) -> bytes:
+    """A verified copy without the torn end of a line."""
+    try:
+        History.read(path, verify=keyring.verifier(home))
+    except LedgerBroken as error:
+        raise LedgerBroken(f"{path}: {error.message}", hint=hint, code=error.code) from error
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return whole + b"\n"
+
+
+# --- Charging --------------------------------------------------------------------------------------------------------------------
+
+
+def _charge(ledger: Ledger, rounds: Sequence[_Opened]) -> None:
+    """Reserve what this silo's uploads state, in their places, and one attempt for each round that was opened since."""
+    ended: _Opened | None = None
+    for each in rounds:
+        if each.sent is not None and each.sent.attempt not in ledger.attempts(each.key, each.number):
+            if ended is not None and ledger.counter < each.sent.counter - 1:
+                _note(ledger, ended)
+            while ledger.counter < each.sent.counter - 1:
+                _reserve(ledger, each, _unknown(ledger, each))
+            _reserve(ledger, each, each.sent.attempt)
+        if ledger.attempts(each.key, each.number):
+            ended = each
+    latest = max((body.round for body in ledger.entries if isinstance(body, Reserve)), default=0)
+    for each in rounds:
+        if each.number > latest:
+            _reserve(ledger, each, _unknown(ledger, each))
+
+
+def _reserve(ledger: Ledger, opened: _Opened, attempt: str) -> None:
+    """Charge one attempt at a round in full, whatever the limits."""
+    terms = opened.contract.terms
+    one = mechanism(terms).with_steps(terms.training.steps_per_round)
+    ledger.reserve(contract=opened.key, round_number=opened.number, attempt=attempt, mechanism=one)
+
+
+def _unknown(ledger: Ledger, opened: _Opened) -> str:
+    """The name of one more attempt whose own one is lost."""
+    index = len(ledger.attempts(opened.key, opened.number))
+    named = _DOMAIN + opened.number.to_bytes(4, "big") + index.to_bytes(4, "big")
+    return hashlib.sha256(named).hexdigest()[: 2 * _ATTEMPT_BYTES]
+
+
+def _note(ledger: Ledger, opened: _Opened) -> None:
+    """How a round ended, unless it stands there: that note came before any attempt at a later one, so it is one of the lost lines.
+
+    How many silos stood is left open: the charge counts the fewest.
+    """
+    place = (opened.key, opened.number)
+    if opened.ended is None or any(isinstance(b, Commit | Void) and (b.contract, b.round) == place for b in ledger.entries):
+        return
+    if opened.ended == "result":
+        attempt = ledger.attempts(*place)[-1] if opened.sent is None else opened.sent.attempt
+        ledger.commit(contract=opened.key, round_number=opened.number, attempt=attempt)
+    else:
+        reason = "the sum was made without this silo" if opened.ended == "without" else "the round closed without a result"
+        ledger.void(contract=opened.key, round_number=opened.number, reason=reason)
+
+
+def _by_round(ledger: History) -> dict[int, int]:
+    """How many attempts are reserved for each round."""
+    found: dict[int, int] = {}
+    for body in ledger.entries:
+        if isinstance(body, Reserve):
+            found[body.round] = found.get(body.round, 0) + 1
+    return found
+
+
+def _promise(home: Home, ledger: History, rounds: Sequence[_Opened]) -> None:
+    """Bind this silo to the manifest of every charged round, so that it takes part in none of them again.
+
+    Raises:
+        Equivocation: another manifest was promised.
+    """
+    for each in rounds:
+        is_past = each.number < (home.latest_promise() or 0)
+        if each.ctx is not None and not is_past and ledger.attempts(each.key, each.number):
+            home.promise_manifest(each.number, each.ctx)
+
+
+# --- The board -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Board:
+    """What the board, the log, and the home's own promises and receipts know of the rounds since the first."""
+
+    home: Home
+    transport: Transport
+    accepted: Accepted
+    versions: Mapping[bytes, Accepted]
+    silo: int
+
+    def rounds(self) -> list[_Opened]:
+        """Every round that was opened under a contract with this silo in it, ascending, with all that is verified of it."""
+        logged = self._logged()
+        epochs: dict[int, tuple[Accepted, Epoch]] = {}
+        found, number = [], 1
+        while (document := self._get("manifest", number)) is not None:
+            stated = decode(decode(document, Signed).body, Manifest).epoch
+            if stated not in epochs:
+                epochs[stated] = self._epoch(stated)
+            contract, epoch = epochs[stated]
+            if any(member.id == self.silo for member in contract.terms.member):
+                found.append(self._opened(number, document, contract, epoch, logged.get(number)))
+            number += 1
+        if any(each >= number for each in logged):
+            raise _hidden(max(logged))
+        unseen = max(self._known(), default=0)
+        # Opened, as this home knows, but not shown: charged all the same.
+        return found + [_Opened(number=each, contract=self.accepted) for each in range(number, unseen + 1)]
+
+    def _opened(self, number: int, document: bytes, contract: Accepted, epoch: Epoch, logged: bytes | None) -> _Opened:
+        witness = Witness(accepted=contract, epoch=epoch, silo=self.silo)
+        ctx = guardian_sum.round_ctx(witness.open(document, "manifest"))
+        upload, ended = self.transport.get("upload", number, self.silo, wait_s=0), self._get("outcome", number)
+        if logged is not None and (upload is None or hashlib.sha256(upload).digest() != logged):
+            raise _hidden(number)
+        return _Opened(
+            number=number, contract=contract, ctx=ctx,
+            sent=None if upload is None else self._sent(upload, contract, epoch, ctx),
+            ended=None if ended is None else self._ended(decode(witness.open(ended, "outcome"), Outcome), contract),
+        )  # fmt: skip
+
+    def _ended(self, outcome: Outcome, contract: Accepted) -> Literal["result", "without", "void"]:
+        if outcome.kind != "result":
+            return "void"
+        return "without" if contract.terms.shared and self.silo not in dict(outcome.vectors) else "result"
+
+    def _sent(self, document: bytes, contract: Accepted, epoch: Epoch, ctx: bytes) -> _Sent:
+        """What the header in an upload states, once both signatures are verified as this silo's."""
+        key, context = contract.terms.by_id(self.silo).verify_key, epoch.context
+        body = envelope.open_signed(document, type="upload", context=context, sender=self.silo, key=key)
+        raw = decode(body, Upload).header
+        header = decode(envelope.open_signed(raw, type="header", context=context, sender=self.silo, key=key), Header)
+        if (header.round_ctx, header.silo) != (ctx, self.silo):
+            raise TrustError("an upload of this silo stands in another round", hint="the aggregator is faulty", code="wrong-round")
+        return _Sent(attempt=header.attempt.hex(), counter=header.ledger_counter)
+
+    def _epoch(self, number: int) -> tuple[Accepted, Epoch]:
+        """The version of the contract under which an epoch was called, and the epoch by its roster."""
+        call = self._get("epoch", number)
+        contract = None if call is None else self.versions.get(decode(call, Signed).context)
+        if contract is None:
+            raise RoundError(
+                f"epoch {number} was called under a contract that is not in this home", code="contract-superseded",
+                hint="run `silo join`, then `silo restore` again",
+            )  # fmt: skip
+        return contract, session.public(self.transport, contract, number)
+
+    def _logged(self) -> dict[int, bytes]:
+        """The digest of each own upload in the newest head of the log, by round."""
+        number, raw = 0, None
+        while (newer := self._get("checkpoint", number + 1)) is not None:
+            number, raw = number + 1, newer
+        if raw is None:
+            return {}
+        head = log.open_checkpoint(notes.parse(raw), self.accepted.terms)
+        tiles = Tiles(head.size, self.transport.fetch)
+        tiles.check(head.root)
+        leaves = (decode(tiles.leaf(index), Leaf) for index in range(head.size))
+        return {leaf.number: leaf.digest for leaf in leaves if (leaf.kind, leaf.party) == ("upload", self.silo)}
+
+    def _known(self) -> list[int]:
+        """Rounds that this home knows were opened: promises, and uploads with a receipt or to be in the log."""
+        folder = self.home.log_folder
+        names = [path.name.split("-") for each in ("receipt-upload-*", "expect-upload-*") for path in folder.glob(each)]
+        return self.home.promised_rounds() + [int(name[2]) for name in names if name[2].isascii() and name[2].isdigit()]
+
+    def _get(self, kind: Kind, number: int) -> bytes | None:
+        return self.transport.get(kind, number, AGGREGATOR, wait_s=0)
+
+
+def _hidden(number: int) -> TrustError:
+    return TrustError(
+        f"the log has an upload of this silo in round {number} that the board does not show",
+        hint="the aggregator must put back its folder evidence/, then run `silo restore` again", code="upload-hidden",
+    )  # fmt: skip
+
+
+def _newest(transport: Transport, kind: Kind) -> int:
+    """The last number that the aggregator has reached in a kind of documents; 0 before the first."""
+    number = 0
+    while transport.get(kind, number + 1, AGGREGATOR, wait_s=0) is not None:
+        number += 1
+    return number
+
+
+def _take_back_cosignatures(home: Home, transport: Transport, accepted: Accepted, identity: Identity, *, last: int) -> None:
+    """Keep this silo's cosignatures that the board has, up to round ``last``: a second one of the same head has another time."""
+    own = identity.public.sign_key[:32].hex()
+    party = next((each.id for each in log.cosigners(accepted.terms).values() if each.sign_key == own), None)
+    if party is None:
+        return
+    former = tuple(each.terms for each in succession.ancestors(home, accepted).values())
+    files.make_folder(home.log_folder)
+    for number in range(1, last + 1):
+        path = home.log_folder / f"cosignature-{number}"
+        raw = None if path.is_file() else transport.get("cosignature", number, party, wait_s=0)
+        shown = None if raw is None else transport.get("checkpoint", number, AGGREGATOR, wait_s=0)
+        if raw is not None and shown is not None:
+            log.open_cosignature(raw, shown, accepted.terms, party, former)
+            files.write_once(path, raw)

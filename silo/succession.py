@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one version of the contract to the next: what a silo checks and keeps, and under which version it works.
+
+A silo that joins fetches the whole chain (privacy.chain), from the first version to the newest, verifies it, keeps it, and writes
+down for every version its one successor before it signs the newest. It goes on under the version it has until the aggregator calls
+an epoch under the new one; model state, round numbers and ledger go on over both.
+
+Promised: a second successor of a version is refused by its name (Equivocation), also after a crash; a state is only carried over
+to a version whose chain contains the one it was reached under. Not promised: that the newest version was shown: the aggregator may
+withhold one, and then everybody goes on with the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from privacy import chain, envelope, keys
+from privacy.chain import Lineage, Version
+from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
+from privacy.federation import Accepted, Member
+from privacy.messages import AGGREGATOR, Signed, decode
+from silo import keyring, session
+from silo.home import Home
+from silo.session import Superseded
+from silo.transport import Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A chain as it stands on the board: verified, all versions but the newest countersigned by all their members."""
+
+    lineage: Lineage
+    documents: tuple[Version, ...]
+
+    @property
+    def newest(self) -> Accepted:
+        """The version to be joined."""
+        return self.lineage.newest
+
+    @property
+    def before(self) -> Accepted | None:
+        """The version before it, if there is one."""
+        return self.lineage.versions[-2] if len(self.lineage.versions) > 1 else None
+
+
+def fetch(transport: Transport, pinned: str, *, home: Home | None = None) -> Fetched:
+    """The chain on the board, from the fingerprint or digest that a person compared, and the same that is kept in ``home``.
+
+    A chain of one version is not held to the fingerprint here: silo.membership does that, in better words.
+
+    Raises:
+        RoundError: no contract is published yet.
+        TrustError: a version is not the aggregator's, does not follow, or its members did not agree; or none is the pinned one.
+        Equivocation: it is another chain than the one this silo has joined.
+    """
+    raw: list[bytes] = []
+    while (document := transport.get("contract", len(raw) + 1, AGGREGATOR, wait_s=0)) is not None:
+        raw.append(document)
+    if not raw:
+        raise RoundError(
+            "the aggregator has published no contract", hint="ask the coordinator to run `aggregator sign`, then join again",
+            code="no-contract",
+        )  # fmt: skip
+    lineage = Lineage.begin(envelope.open_contract(raw[0]))
+    found = [Version(document=raw[0], countersignatures={})]
+    for document in raw[1:]:
+        before = lineage.versions[-2] if len(lineage.versions) > 1 else None
+        found[-1] = Version(document=found[-1].document, countersignatures=_countersignatures(transport, lineage.newest))
+        chain.check_agreed(before, lineage.newest, found[-1].countersignatures)
+        lineage = lineage.extended(envelope.open_contract(document))
+        found.append(Version(document=document, countersignatures={}))
+    if home is not None:
+        _check_same_chain(home, lineage)
+    if len(lineage.versions) > 1:
+        _check_pinned(lineage, pinned)
+    return Fetched(lineage=lineage, documents=tuple(found))
+
+
+def kept_pin(home: Home) -> str:
+    """The digest of the newest contract that this silo has, in hex: what a chain must contain; "" before it has one."""
+    kept = home.contract()
+    return "" if kept is None else envelope.open_contract(kept[1]).digest.hex()
+
+
+def keep(home: Home, fetched: Fetched) -> None:
+    """Keep every version before the newest, and promise each its one successor: the last writes before the newest is signed.
+
+    Raises:
+        Equivocation: another version or successor was kept here.
+    """
+    versions = fetched.lineage.versions
+    for accepted, document, after in zip(versions[:-1], fetched.documents, versions[1:], strict=False):
+        number = accepted.terms.version
+        home.keep_contract(number, document.document)
+        for member, raw in document.countersignatures.items():
+            if home.countersignature(number, member) is None:  # a member may send the same statement signed anew
+                home.keep_countersignature(number, member, raw)
+        home.promise_successor(number, after.digest)
+
+
+def in_words(fetched: Fetched) -> list[str]:
+    """What changes against the version before, and which new keys their old ones have not signed for yet."""
+    before, after = fetched.before, fetched.newest
+    if before is None:
+        return []
+    said = chain.changes(before.terms, after.terms)
+    lines = [f"follows version {before.terms.version}, {before.digest.hex()[:16]}…; what changes:", *(f"  {each}" for each in said)]
+    if any("has a new key" in each for each in said):
+        lines.append("a new key that its old one does not sign for was lost or taken: call that organisation before you agree")
+    return lines
+
+
+def ancestors(home: Home, accepted: Accepted) -> dict[bytes, Accepted]:
+    """The kept versions before ``accepted``, by digest: each named by the one after it."""
+    found: dict[bytes, Accepted] = {}
+    wanted = accepted.terms.previous
+    for version, raw in reversed(home.contracts()):
+        if version < accepted.terms.version and wanted:
+            kept = envelope.open_contract(raw)
+            if kept.digest.hex() != wanted:
+                raise TrustError(
+                    f"version {version} kept here is {kept.digest.hex()[:16]}…, the next one names {wanted[:16]}…",
+                    hint="restore the silo from its backup", code="chain-previous",
+                )  # fmt: skip
+            found[kept.digest], wanted = kept, kept.terms.previous
+    return found
+
+
+def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, Member, keys.Identity]:
+    """The version this silo works under, as which member, with which key.
+
+    That of the newest epoch whose call it sees, once no round of an older one needs settling. Before any epoch the newest version
+    that all members countersigned. Without a transport that of its state; before its first round the newest it countersigned.
+
+    Raises:
+        ConfigError: the silo has joined none.
+        TrustError: what is kept is damaged, or was not countersigned by this silo's keys.
+        Superseded: the newest epoch is called under a version that this silo has not countersigned.
+    """
+    joined = {each.digest: each for each in _joined(home)}
+    if not joined:
+        kept = home.contract()
+        if kept is not None:
+            keyring.under(home, envelope.open_contract(kept[1]))  # says so when no key of this silo is in it
+        raise ConfigError("this silo has joined no federation", hint="run `silo join` first", code="not-joined")
+    progress = home.progress()
+    chosen = joined.get(progress.contract if progress is not None else b"", list(joined.values())[-1])
+    if transport is not None:
+        called = _newest_call(home, transport)
+        if called is None:
+            chosen = next((each for each in reversed(joined.values()) if _is_agreed(home, transport, each)), chosen)
+        elif called[1] in joined:
+            chosen = joined[called[1]]
+        else:
+            raise Superseded.by(*called)
+    identity = keyring.under(home, chosen)
+    return chosen, keyring.member_of(chosen, identity), identity
+
+
+def _joined(home: Home) -> list[Accepted]:
+    """The kept versions that this silo countersigned, ascending, each countersignature verified again."""
+    found = []
+    for version, raw in home.contracts():
+        accepted = envelope.open_contract(raw)
+        try:
+            identity = keyring.under(home, accepted)
+        except TrustError:
+            continue  # a version from before this silo, or of a key that was retired
+        member = keyring.find_member(accepted, identity)
+        signed = None if member is None else home.countersignature(version, member.id)
+        if member is not None and signed is not None:
+            chain.open_countersignature(signed, accepted, member)
+            found.append(accepted)
+    return found
+
+
+def opened_rounds(home: Home, transport: Transport) -> int:
+    """How many rounds were opened so far, under whatever version."""
+    progress = home.progress()
+    number = 0 if progress is None else progress.round
+    while transport.get("manifest", number + 1, AGGREGATOR, wait_s=0) is not None:
+        number += 1
+    return number
+
+
+def _is_agreed(home: Home, transport: Transport, accepted: Accepted) -> bool:
+    """Whether every member's countersignature is here or on the board; whether each holds is checked where it counts."""
+    version = accepted.terms.version
+    return all(
+        home.countersignature(version, member.id) or transport.get("countersignature", version, member.id, wait_s=0)
+        for member in accepted.terms.member
+    )
+
+
+def _newest_call(home: Home, transport: Transport) -> tuple[int, bytes] | None:
+    """(number, contract) of the epoch to be in: the one on this disk while a round of it is open, else the newest called one."""
+    here = session.current(home)
+    number = 0 if here is None else here.number
+    found = _call(transport, number) if number else None
+    if here is not None and found is not None and _is_open(home, transport, here.context):
+        return found
+    while (next_one := _call(transport, (found or (number, b""))[0] + 1)) is not None:
+        found = next_one
+    return found
+
+
+def _is_open(home: Home, transport: Transport, context: bytes) -> bool:
+    """Whether the next round was opened in this epoch, so that it must be settled with its keys and under its contract."""
+    progress = home.progress()
+    manifest = transport.get("manifest", (0 if progress is None else progress.round) + 1, AGGREGATOR, wait_s=0)
+    return manifest is not None and decode(manifest, Signed).context == context
+
+
+def _call(transport: Transport, number: int) -> tuple[int, bytes] | None:
+    raw = transport.get("epoch", number, AGGREGATOR, wait_s=0)
+    return None if raw is None else (number, decode(raw, Signed).context)
+
+
+def _countersignatures(transport: Transport, accepted: Accepted) -> Mapping[int, bytes]:
+    version = accepted.terms.version
+    found = ((member.id, transport.get("countersignature", version, member.id, wait_s=0)) for member in accepted.terms.member)
+    return {member: raw for member, raw in found if raw is not None}
+
+
+def _check_same_chain(home: Home, lineage: Lineage) -> None:
+    for version, raw in home.contracts():
+        kept, shown = envelope.open_contract(raw), lineage.versions[version - 1 : version]
+        if not shown or shown[0].digest != kept.digest:
+            raise Equivocation(
+                f"version {version} that this silo has is {kept.digest.hex()[:16]}…, the board shows "
+                f"{shown[0].digest.hex()[:16] + '…' if shown else 'none'}",
+                hint="stop, and show both documents to the other members", code="contract-changed",
+            )  # fmt: skip
+
+
+def _check_pinned(lineage: Lineage, pinned: str) -> None:
+    """The pin holds for the chain; where the coordinator's Ed25519 key was replaced, only the new one's, or the newest digest."""
+    first, newest = lineage.versions[0].terms.aggregator, lineage.newest.terms.aggregator
+    versions = lineage.versions if first.sign_key == newest.sign_key else lineage.versions[-1:]
+    try:
+        chain.check_pinned(versions, pinned)
+    except TrustError:
+        chain.check_pinned(lineage.versions[-1:], pinned)
