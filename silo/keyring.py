@@ -93,7 +93,7 @@ def rotate(home: Home, *, organisation: str, lost: bool = False) -> Rotated:
     """
     there = home.identity_path.exists()
     waiting = home.new_identity_path.exists()
-    if not waiting and home.old_identity_path.exists():
+    if not waiting and there and home.old_identity_path.exists():
         return Rotated(identity=keys.load(home.identity_path), crossed=True)
     if not waiting and lost == there:
         raise ConfigError(

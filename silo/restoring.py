@@ -110,7 +110,7 @@ def restored(home: Home, transport: Transport, *, ledgers: Sequence[Path] = ()) 
 
 
 def restored_guardian(home: Home, transport: Transport, accepted: Accepted, identity: Identity) -> int:
-    """The same for the home of a guardian alone, that is locked; the newest called epoch. It sits out that one: its secrets are gone.
+    """The same for the locked home of a guardian alone; the newest called epoch, which it sits out: its secrets are gone.
 
     Raises:
         Equivocation: evidence against the aggregator's log lies in the home.

@@ -99,7 +99,7 @@ class HttpTransport:
             SiloquyError: the aggregator's refusal, as its class.
         """
         end = self._clock() + wait_s
-        most = MOST_BYTES_OUTCOME if kind == "outcome" else MOST_BYTES
+        most = MOST_BYTES_OUTCOME if kind in ("outcome", "upload") else MOST_BYTES
         while True:
             left = max(0.0, end - self._clock())
             path = f"/v1/{kind}/{number}/{party}?wait={min(left, LONGEST_WAIT_S):.3f}"

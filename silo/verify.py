@@ -156,12 +156,15 @@ def _own(home: Home) -> Own | None:
     kept = home.contract()
     if kept is None:
         return None
-    accepted, public = envelope.open_contract(kept[1]), keys.read_public(home.public_path.read_bytes())
+    accepted = envelope.open_contract(kept[1])
+    # A key that waits for its contract stands in none yet: the silo is whoever held one of its former keys.
+    papers = (home.public_path, *sorted(home.former_folder.glob("*.pub")))
+    held = {keys.read_public(path.read_bytes()).sign_key.hex() for path in papers}
     mine = [
         member.id
         for _, raw in home.contracts()
         for member in envelope.open_contract(raw).terms.member
-        if member.sign_key == public.sign_key.hex()
+        if member.sign_key in held
     ]
     return Own(home=home, accepted=accepted, silo=mine[-1], progress=home.progress()) if mine else None
 
@@ -183,9 +186,16 @@ def _also(
     if own is None:
         found.add(Slot("ledger", 0, 0), "chain", "note", "no silo's home was given: no ledger was checked")
         return
+    found.hold(Slot("contract", own.accepted.terms.version, AGGREGATOR), "joined", _check_joined, own.accepted, versions)
     check_ledger(found, rounds, path=own.home.ledger_path, verify=keyring.verifier(own.home), silo=own.silo)
     if own.progress is not None:
         found.hold(Slot("state", own.progress.round, own.silo), "own state", _check_progress, own.progress, rounds)
+
+
+def _check_joined(accepted: Accepted, versions: Mapping[bytes, Accepted]) -> None:
+    """Whatever fingerprint was given: the contract that this silo has is one of these."""
+    if accepted.digest not in versions:
+        raise refused(f"this silo has {accepted.digest.hex()[:16]}…, the documents have another contract in its place")
 
 
 def _check_progress(progress: Progress, rounds: Sequence[RoundFacts]) -> None:

@@ -39,7 +39,7 @@ from typing import Final
 from privacy import files, log, notes
 from privacy.envelope import open_contract
 from privacy.errors import Equivocation, TrustError
-from privacy.federation import Accepted
+from privacy.federation import Accepted, Contract
 from privacy.keys import Identity
 from privacy.log import Leaf, Tiles
 from privacy.messages import AGGREGATOR, decode
@@ -132,7 +132,7 @@ class Watch:
         if raw is None:
             return False
         note = notes.parse(raw)
-        found, last = log.open_checkpoint(note, self._terms), self._last()
+        found, last = log.open_checkpoint(note, self._terms, self._before()), self._last()
         if found.size < last.size:
             raise _refused(
                 f"the head of round {number} has {found.size} leaves, this silo has seen {last.size}", "log-stale",
@@ -158,15 +158,13 @@ class Watch:
         if raw is None or self._followed is None or self._followed[0] != number:
             raise _refused(f"round {number} has a manifest and no cosigned head", "log-no-head", "the aggregator is faulty")
         note = notes.parse(raw)
-        progress = self._home.progress()
-        is_first = progress is None or progress.contract != self._digest  # of this version of the contract
-        found = log.open_head(note, self._terms, self._former if is_first else ())
+        found = log.open_head(note, self._terms, self._before())
         if note.text != self._followed[1].text:
             raise _refused(f"the cosigned head of round {number} is not the one that was shown before", "log-head-changed")
         for kind in _RECEIPTS:
             path = self._folder / f"receipt-{kind}-{number - 1}"
             kept = path.read_bytes() if path.is_file() else None
-            if kept is not None and log.open_receipt(kept, self._terms)[2].text == note.text:
+            if kept is not None and log.open_receipt(kept, self._terms, self._former)[2].text == note.text:
                 files.write_atomic(path, log.with_note(kept, note))
         return found
 
@@ -174,7 +172,12 @@ class Watch:
         path = self._folder / "head"
         if not path.is_file():
             return Checkpoint(origin=log.origin(self._terms), size=0, root=EMPTY_ROOT)
-        return log.open_checkpoint(notes.parse(path.read_bytes()), self._terms)
+        return log.open_checkpoint(notes.parse(path.read_bytes()), self._terms, self._former)
+
+    def _before(self) -> tuple[Contract, ...]:
+        """The versions whose keys count still: only for the first round of a version, whose head may be older than it."""
+        progress = self._home.progress()
+        return self._former if progress is None or progress.contract != self._digest else ()
 
     def _grown(self, found: Checkpoint, last: Checkpoint, note: Note) -> Tiles:
         """The checked tiles of a head, whose beginning is the last one."""

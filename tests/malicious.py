@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -304,17 +305,16 @@ class World:
     def certifiable(self, number: int) -> Iterator[freeze.Frozen]:
         """Every set that some q of the lists that stand give."""
         lists, seen = self.lists(number), set[bytes]()
-        for few in _some(lists, self.terms.quorum):
+        for few in some(lists, self.terms.quorum):
             made = self.proposal(number, few)
             if made is not None and (found := self.frozen(number, made)).digest not in seen:
                 seen.add(found.digest)
                 yield found
 
 
-def _some(lists: dict[int, bytes], count: int) -> Iterator[dict[int, bytes]]:
-    from itertools import combinations
-
-    for chosen in combinations(sorted(lists), count):
+def some(lists: dict[int, bytes], count: int) -> Iterator[dict[int, bytes]]:
+    """Every choice of so many of the lists."""
+    for chosen in itertools.combinations(sorted(lists), count):
         yield {guardian: lists[guardian] for guardian in chosen}
 
 

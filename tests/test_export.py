@@ -334,7 +334,7 @@ def home_of(root: Path, model: Path, *, expires: str = "2099-12-31") -> Home:
     agreed = encode(Countersignature(contract=accepted.digest, member=1))
     signature = envelope.sign(identity, type="countersignature", context=accepted.digest, sender=1, body=agreed)
     home.keep_countersignature(1, 1, signature)
-    with commands._gate(home, identity, accepted, settings) as gate:
+    with commands._gate(home, accepted, settings, 0) as gate:
         gate.declare()
         for number in (1, 2, 3):
             gate.admit(number, bytes([number]) * 32)

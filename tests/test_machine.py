@@ -37,10 +37,12 @@ from privacy.messages import (
     decode,
 )
 from silo.round import Settled
-from tests.malicious import SHARES, Spy, World, impatient
+from silo.vows import Vows
+from tests.malicious import SHARES, Spy, World, impatient, some
 from tests.whole import PowerCut
 
-EXAMPLES = int(os.environ.get("SILOQUY_MACHINE", "6"))
+EXAMPLES = int(os.environ.get("SILOQUY_MACHINE", "3"))
+STEPS = 12 if EXAMPLES < 10 else 30
 FIRST = 2
 """The round in which a machine starts: its template has settled one."""
 MODES = {"shares": ((1, 2, 3, 4), SHARES), "consent": ((1, 2, 3), {"protocol": "consent"})}
@@ -105,6 +107,7 @@ class Machine(RuleBasedStateMachine):
         self.spy, self.crashes = Spy(self.patch), Crashes(self.patch, self.world)
         self.settled: dict[int, dict[int, bytes]] = {}
         self.has_lied = False
+        self.away: set[int] = set()
 
     def party(self, index: int) -> int:
         return self.world.parties[index % len(self.world.parties)]
@@ -133,11 +136,25 @@ class Machine(RuleBasedStateMachine):
             if index < len(self.world.parties):
                 self.step(self.world.parties[index])
 
-    @rule()
-    def the_round_goes_on(self):
-        for _ in range(3):
+    @rule(cycles=st.integers(1, 4))
+    def the_round_goes_on(self, cycles=3):
+        """Everybody who is not away steps; where nobody has anything to say, a deadline passes."""
+        for _ in range(cycles):
+            before = len(self.world.whole.store.log)
             for party in self.world.parties:
-                self.step(party)
+                if party not in self.away:
+                    self.step(party)
+            if len(self.world.whole.store.log) == before:
+                self.a_deadline_passes()
+
+    @rule(index=st.integers(1, 8))
+    def one_goes_away(self, index):
+        """Until it comes back, or the end."""
+        self.away.add(self.party(index))
+
+    @rule()
+    def all_come_back(self):
+        self.away.clear()
 
     @rule(index=st.integers(0, 8), writes=st.integers(0, 9), after=st.booleans())
     def one_crashes_at_a_write(self, index, writes, after):
@@ -203,6 +220,23 @@ class Machine(RuleBasedStateMachine):
                     index, ("freeze", self.number, AGGREGATOR), self.world.sign("freeze", self.world.context(self.number), made)
                 )
 
+    @precondition(lambda self: self.mode == "shares")
+    @rule(index=st.integers(5, 8), author=st.integers(1, 4))
+    def an_upload_is_hidden_from_a_guardian(self, index, author):
+        """In this round or, where it is over, in the next one."""
+        self.lie(index, ("upload", self.number + (not self.is_open()), author), None)
+
+    @precondition(lambda self: self.mode == "shares")
+    @rule(index=st.integers(5, 8))
+    def a_guardian_is_shown_every_set_with_a_restart_between(self, index):
+        number, guardian = self.number, self.party(index)
+        for lists in some(self.world.lists(number), self.world.terms.quorum) if self.is_open() else ():
+            made = self.world.proposal(number, lists)
+            if made is not None:
+                self.lie(index, ("freeze", number, AGGREGATOR), self.world.sign("freeze", self.world.context(number), made))
+                self.step(guardian)
+                self.world.crash(guardian)
+
     @rule(index=st.integers(1, 8))
     def a_party_is_shown_the_truth(self, index):
         party = self.party(index)
@@ -242,7 +276,7 @@ class Machine(RuleBasedStateMachine):
             for party in self.world.parties:
                 self.world.crash(party)
             self.world.honest_again()
-            for _ in range(8):  # everybody is back and nobody lies: rounds go on, or end without a sum
+            for _ in range(5):  # everybody is back and nobody lies: rounds go on, or end without a sum
                 self.world.whole.clock.skip(20.0)
                 for party in self.world.parties:
                     self.step(party)
@@ -336,7 +370,7 @@ class Consents(Machine):
 
 
 PROFILE = settings(
-    max_examples=EXAMPLES, stateful_step_count=25, deadline=None, derandomize=False, database=None,
+    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, derandomize=False, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestShares, TestConsents = Machine.TestCase, Consents.TestCase
@@ -369,6 +403,34 @@ def test_the_promises_would_notice(monkeypatch):
         with pytest.raises(AssertionError):
             promises.one_set(number)
         world.doors[guardian].sent.pop()
+    finally:
+        machine.world.close()
+        machine.patch.undo()
+        shutil.rmtree(machine.folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_guardian_that_keeps_no_promises_would_be_found(monkeypatch, keeps):
+    """Two sets follow from the lists; a guardian is shown both, with a restart between. Only one without its disk signs both."""
+    machine = Machine()
+    machine.counts = False
+    try:
+        world = machine.world
+        machine.an_upload_is_hidden_from_a_guardian(5, 3)
+        while not world.has("manifest", FIRST):
+            machine.the_round_goes_on(1)
+        machine.away.add(AGGREGATOR)
+        while len(world.lists(FIRST)) < 4:
+            machine.the_round_goes_on(1)
+        if not keeps:
+            monkeypatch.setattr(Vows, "promise", lambda *given: None)
+            monkeypatch.setattr(Vows, "document", lambda *given: None)
+            monkeypatch.setattr(Vows, "keep_document", lambda *given: None)
+            monkeypatch.setattr(Vows, "broken", lambda *given: False)  # it would see its own word on the board
+        machine.a_guardian_is_shown_every_set_with_a_restart_between(8)
+        with contextlib.nullcontext() if keeps else pytest.raises(AssertionError):
+            Promises(machine).one_set(FIRST)
+        assert len(world.doors[world.guardians[3]].said("endorsement", FIRST)) >= 1
     finally:
         machine.world.close()
         machine.patch.undo()

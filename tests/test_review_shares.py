@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a hostile reading of share mode found: each of these failed before it was mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import httpx2
+import pytest
+
+from privacy import epoch, federation, keys, shares
+from privacy.envelope import sign
+from privacy.errors import TrustError
+from privacy.federation import GUARDIANS_FROM
+from privacy.messages import AGGREGATOR, PairSeeds, Roster, encode
+from silo.home import Home
+from silo.session import Epoch
+from silo.transport import MOST_BYTES, HttpTransport
+from tests.terms import contract_bytes
+from tests.test_epoch import make_party
+from tests.test_guardian import FIVE, works
+from tests.test_share_mode import FOUR
+from tests.test_share_mode import SHARES as OF_SILOS
+from tests.whole import Whole, together
+
+
+@pytest.fixture(autouse=True)
+def _quick_polls(monkeypatch):
+    for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        monkeypatch.setattr(name, 0.05)
+
+
+def deals_rubbish_to(monkeypatch, silo, *guardians):
+    """This silo seals what is meant for these guardians to nobody."""
+    honest, nobody = shares.deal, keys.seal_public_key(b"n" * 32)
+
+    def deal(**given):
+        if given["silo"] == silo:
+            given["guardian_keys"] = {g: nobody if g in guardians else key for g, key in given["guardian_keys"].items()}
+        return honest(**given)
+
+    monkeypatch.setattr(shares, "deal", deal)
+
+
+def test_a_guardian_is_sent_uploads_of_every_size_that_a_contract_allows():
+    """d = 5 million words are 20 MB; a folder carried them, HTTP refused them and the guardian ended."""
+    body = bytes(4 * 5_000_000)
+    assert len(body) > MOST_BYTES
+    line = HttpTransport("http://127.0.0.1:1", carrier=httpx2.MockTransport(lambda _: httpx2.Response(200, content=body)))
+    assert line.get("upload", 1, 1, wait_s=0.0) == body
+
+
+def test_a_corrupt_silo_and_a_dead_guardian_do_not_void_the_round(tmp_path, monkeypatch):
+    """One silo deals rubbish to two of five guardians and one guardian is dead: the others' set comes in time to be signed."""
+    terms = {"protocol": "shares", "dropouts": 2, "corrupt_guardians": 2, "deadline_s": 4}
+    whole = Whole.create(tmp_path / "federation", silos=FIVE, notaries=5, sum=terms)
+    for each in FIVE:
+        Home(whole.root / f"notary-{each}").keep_contract(1, whole.store.get("contract", 1, AGGREGATOR))
+    deals_rubbish_to(monkeypatch, 5, GUARDIANS_FROM + 1, GUARDIANS_FROM + 2)
+    jobs = [functools.partial(whole.take_part, silo, 1) for silo in FIVE]
+    jobs += [functools.partial(works, whole, each, 1) for each in (1, 2, 3, 4)]
+    *_, closed = together(*jobs, functools.partial(whole.coordinate, 1))
+    assert [(c.kind, c.reason) for c in closed] == [("result", "")]
+    assert {whole.progress(s).stood for s in (1, 2, 3, 4)} == {4}
+    manifest, frozen = (whole.store.entry(kind, 1, AGGREGATOR).received_at for kind in ("manifest", "freeze"))
+    assert frozen - manifest <= 7, "guardians close at 8"
+
+
+def test_silos_whose_common_keys_differ_are_named_when_too_few_are_left(tmp_path, monkeypatch):
+    """Both fall out, too few silos stand: the round is void, and the operator must learn whom to ask."""
+    whole = Whole.create(tmp_path / "federation", silos=FOUR, sum=OF_SILOS)
+    honest = Epoch.round_keys
+
+    def other_keys(self, ctx, *, after):
+        found = honest(self, ctx, after=after)
+        return {**found, 1: b"x" * 32} if "silo-4" in str(self.folder) else found
+
+    monkeypatch.setattr(Epoch, "round_keys", other_keys)
+    with pytest.raises(TrustError, match="1 and 4") as caught:
+        whole.run_hurried(1, *(functools.partial(whole.take_part, silo, 1) for silo in FOUR), silent=0)
+    assert caught.value.code == "pairs-disagree"
+
+
+def test_a_pair_seed_that_does_not_open_names_its_silo():
+    accepted = federation.parse(contract_bytes(3))
+    parties = {i: make_party(i, accepted) for i in (1, 2, 3)}
+    roster = Roster(contract=accepted.digest, epoch=1, notes=tuple(p.note for p in parties.values()))
+    notes, context = epoch.check_roster(roster, accepted), epoch.epoch_ctx(accepted.digest, 1, encode(roster))
+    sent = {}
+    for i, party in parties.items():
+        made = epoch.seal_seeds(party.secrets, notes, context=context)
+        if i == 2:
+            made = PairSeeds(epoch=1, silo=2, sealed=tuple((j, sealed[::-1]) for j, sealed in made.sealed))
+        sent[i] = sign(party.identity, type="pair-seeds", context=context, sender=i, body=encode(made))
+    with pytest.raises(TrustError, match="the pair seed of silo 2 does not open"):
+        epoch.pair_secrets(parties[1].secrets, notes, sent, accepted=accepted, context=context)
+
+
+def test_a_guardian_that_lies_is_named_to_the_operator(tmp_path, monkeypatch, caplog):
+    """Its shares are left aside, the others' do; who it was must be said to a person."""
+    whole, honest, liar = Whole.create(tmp_path / "federation", silos=FOUR, sum=OF_SILOS), shares.release, GUARDIANS_FROM + 1
+
+    def release(certified, received, *, guardian, seal_key):
+        if guardian == liar:
+            received = {i: dataclasses.replace(each, shares=each.shares ^ 1) for i, each in received.items()}
+        return honest(certified, received, guardian=guardian, seal_key=seal_key)
+
+    monkeypatch.setattr(shares, "release", release)
+    lines = {silo: whole.line() for silo in (2, 3, 4)}
+    for line in lines.values():
+
+        def after_the_liar(kind, number, party, data, put=line.put):
+            if kind == "shares":
+                whole.wait_for("shares", 1, liar)
+            put(kind, number, party, data)
+
+        line.put = after_the_liar
+    with caplog.at_level(logging.WARNING, logger="aggregator.shares"):
+        closed = whole.run_hurried(1, *(functools.partial(whole.take_part, s, 1, line=lines.get(s)) for s in FOUR), silent=0)
+    assert [c.kind for c in closed] == ["result"]
+    assert f"round 1: the shares of guardian {liar} contradict the root of silo" in caplog.text
+
+
+def test_a_silo_left_out_of_an_epoch_comes_back_though_its_note_was_early(tmp_path):
+    """Its pair seeds are lost once; it posts its note for the next call before that roster is made without it."""
+    whole = Whole.create(tmp_path / "federation", silos=FOUR, sum=OF_SILOS)
+    lines = {4: whole.line(), 3: whole.line()}
+    put4, put3 = lines[4].put, lines[3].put
+
+    def loses(kind, number, party, data):
+        if (kind, number) != ("pair-seeds", 1):
+            put4(kind, number, party, data)
+
+    def waits(kind, number, party, data):
+        if (kind, number) == ("epoch-note", 2):
+            whole.wait_for("epoch-note", 2, 4)
+        put3(kind, number, party, data)
+
+    lines[4].put, lines[3].put = loses, waits
+    settled = {}
+
+    def lives(silo):
+        settled[silo] = whole.take_part(silo, 3, line=lines.get(silo))
+
+    whole.run_hurried(3, *(functools.partial(lives, silo) for silo in FOUR))
+    assert settled[4][-1].stood == 4, [each.stood for each in settled[4]]
