@@ -120,7 +120,10 @@ def _cosignature(number: int, party: int, data: bytes, view: Documents, accepted
     checkpoint = view.get("checkpoint", number, AGGREGATOR)
     if checkpoint is None:
         raise _too_early(f"a cosignature of party {party} before the checkpoint of round {number}")
-    log.open_cosignature(data, checkpoint, accepted.terms, party)
+    # One that was made before this version was in force, and only arrives now: a silo sends what it wrote down, never another one.
+    chained = versions.lineage(view, accepted.terms.version)
+    former = [] if chained is None else [each.terms for each in chained.versions[:-1]]
+    log.open_cosignature(data, checkpoint, accepted.terms, party, former)
 
 
 def _countersignature(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:

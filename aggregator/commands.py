@@ -210,9 +210,14 @@ def status(root: Path) -> dict[str, Any]:
 
 
 def build_report(root: Path, extra: dict[str, compliance.Scalar] | None = None) -> compliance.Report:
-    """The facts of the report, from the documents on the board."""
+    """The facts of the report, from the documents on the board.
+
+    Raises:
+        ConfigError: rounds were opened under an earlier version: a report knows one contract's terms.
+    """
     with opened(root) as at:
         accepted, settled = at.accepted, _settled(at)
+        _check_one_version(at, accepted)
         last = settled[-1].state_digest if settled else _initial_state(accepted)
         return compliance.facts(
             accepted,
@@ -228,8 +233,10 @@ def build_report(root: Path, extra: dict[str, compliance.Scalar] | None = None) 
 
 
 def write_report(root: Path, folder: Path, facts: compliance.Report) -> tuple[Path, Path]:
-    """Write the report, signed with the aggregator's key; the paths of record and page."""
-    return report.write(facts, folder, sign=keys.load(Home(root).identity_path).sign)
+    """Write the report, signed with the aggregator's keys in the suite of the contract; the paths of record and page."""
+    with opened(root) as at:
+        suite = at.accepted.terms.signatures
+    return report.write(facts, folder, sign=keys.load(Home(root).identity_path).under(suite).sign)
 
 
 def bytes_per_silo_and_round(at: Opened, settled: Sequence[compliance.RoundFacts]) -> int:
@@ -254,6 +261,17 @@ def _initial_state(accepted: Accepted) -> str:
 def in_a_year() -> str:
     """The default expiry of a new contract, ISO 8601."""
     return (datetime.now(UTC) + timedelta(days=365)).date().isoformat()
+
+
+def _check_one_version(at: Opened, accepted: Accepted) -> None:
+    for number in range(1, (at.store.latest("manifest") or 0) + 1):
+        under = versions.of_round(at.store, number)
+        if under is not None and under.digest != accepted.digest:
+            raise ConfigError(
+                f"round {number} stands under version {under.terms.version} of the contract, in force is {accepted.terms.version}",
+                hint="`aggregator verify` gives epsilon over all versions; each `silo status` what its own ledger holds",
+                code="report-versions",
+            )  # fmt: skip
 
 
 def _settled(at: Opened) -> list[compliance.RoundFacts]:

@@ -3,7 +3,7 @@
 
 In consent mode an epoch holds all members. In share mode it holds the silos that posted a note in time, at least u_min, and the
 guardians that did, at least q. A silo of the roster that then does not confirm is left out of the next call at once. A note that
-comes after the roster is a knock: that silo waits for the next epoch, which is called before the next round.
+is not in the roster is a knock: that silo waits for the next epoch, which is called before the next round.
 
 Promised: an epoch is used only when all its silos confirmed the same secrets; what stands is gone on with after a restart. Not
 promised: that it comes about while parties are missing.
@@ -16,7 +16,6 @@ from aggregator.desk import Desk
 from aggregator.rounds import Epoch
 from privacy import epoch
 from privacy.errors import RoundError
-from privacy.messages import AGGREGATOR
 
 
 class Epochs:
@@ -117,10 +116,6 @@ class Epochs:
                 )  # fmt: skip
 
     def knocked(self, at: Epoch) -> bool:
-        """Whether a silo outside this epoch posted its note after the roster was made (share mode): it waits for the next."""
-        if not self._accepted.terms.shared:
-            return False
-        roster = self._store.entry("roster", at.number, AGGREGATOR)
+        """Whether a silo outside this epoch posted its note for it (share mode), late or left out: it waits for the next."""
         here = self._here("epoch-note", at.number, self._desk.members)
-        late = (self._store.entry("epoch-note", at.number, silo) for silo in here)
-        return roster is not None and any((note.leaf or 0) > (roster.leaf or 0) for note in late if note is not None)
+        return self._accepted.terms.shared and not set(here) <= set(at.silos)

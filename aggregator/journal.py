@@ -71,7 +71,7 @@ class Journal:
             self._store.put_once("checkpoint", number, AGGREGATOR, note.to_bytes(), received_at=self._clock())
             self._show(note)
             return head
-        return log.open_checkpoint(notes.parse(raw), self._terms)
+        return log.open_checkpoint(notes.parse(raw), self._terms, self._former)
 
     def head(self, number: int) -> Checkpoint | None:
         """The same head once a quorum cosigned it, which is then published; None while too few did.

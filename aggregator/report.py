@@ -2,7 +2,7 @@
 """The report as files: ``report.json`` is the record, ``report.json.sig`` signs it, ``report.html`` is a view of it.
 
 The JSON is deterministic: sorted keys, two spaces, one newline at the end; equal facts give equal bytes. The signature is
-Ed25519, in hex, over "siloquy report" NUL ‖ SHA-256(report.json). The page is one file: no script, nothing loaded from
+the contract's suite, in hex, over "siloquy report" NUL ‖ SHA-256(report.json). The page is one file: no script, nothing loaded from
 anywhere, and a content security policy that would refuse both; it names the digest of the record that it shows.
 
 Not promised: that the page was made from the record (compare its figures), or that the facts are true.
@@ -39,7 +39,7 @@ def write(report: Report, folder: Path, *, sign: Callable[[bytes], bytes]) -> tu
     Each file is replaced whole, or stays as it was.
 
     Args:
-        sign: bytes to their 64-byte Ed25519 signature; it is given ``signing_input`` of the record.
+        sign: bytes to their signature, in the contract's suite; it is given ``signing_input`` of the record.
 
     Raises:
         MachineError: the folder or a file cannot be written.

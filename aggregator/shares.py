@@ -4,11 +4,14 @@
 Each step ends as soon as what it needs is there, at the latest a deadline after the step before; or when q guardians have closed
 the round, since nothing more can come then. Promised: the set, the certificate and the sum follow from the documents that stand,
 so a restart goes on to the same end; a guardian whose shares contradict a silo's header is left aside and named (``Desk.faults``).
-A round without a sum ends only on q guardians' closes. Not promised: an end while fewer than q guardians answer.
+The set is proposed half a deadline before guardians close for want of one. A round without a sum ends only on q guardians' closes;
+silos that disagree over a common key are named when too few others are left. Not promised: an end while fewer than q answer.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -18,7 +21,7 @@ from aggregator.rounds import Round
 from privacy import freeze, guardian_sum, shares
 from privacy.errors import RoundError, TrustError
 from privacy.guardian_sum import Certified, Frozen
-from privacy.messages import Certificate, Freeze, Kind, Outcome, decode
+from privacy.messages import Certificate, Freeze, Header, Kind, Outcome, Signed, decode
 from privacy.shares import Released, Secrets
 from privacy.update_rule import State
 
@@ -27,6 +30,7 @@ _LAST_STEPS: Final = 4
 """Deadlines after that of the uploads by which every living guardian has closed: lists, endorsements, shares, one to spare."""
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 def summed(desk: Desk, opened: Round, state: State, seal_seed: bytes) -> tuple[Outcome, State] | str:
@@ -79,10 +83,15 @@ def _frozen(desk: Desk, opened: Round, seal_seed: bytes) -> Frozen | None:
     number = opened.number
     body = rounds.own(desk.store, desk.accepted, "freeze", number, opened.context)
     if body is None:
-        deadline_at = opened.manifest.deadline_at
+        deadline_at, choice = opened.manifest.deadline_at, _Choice(desk, opened, seal_seed)
         _waited(desk, opened, "upload", opened.silos, deadline_at, lambda arrived, last=False: None)
-        chosen = _waited(desk, opened, "list", _guardians(desk), deadline_at + _step_s(desk), _Choice(desk, opened, seal_seed))
+        # Guardians close a whole step after the deadline: a better set is waited for half of it, then any set does.
+        chosen = _waited(desk, opened, "list", _guardians(desk), deadline_at + _step_s(desk) / 2, choice)
         if chosen is None:
+            any_set = functools.partial(choice, last=True)
+            chosen = _waited(desk, opened, "list", _guardians(desk), deadline_at + _step_s(desk), any_set)
+        if chosen is None:
+            choice.check_pairs()
             return None
         body = desk.publish("freeze", number, opened.context, chosen)
     return guardian_sum.check_freeze(
@@ -109,6 +118,10 @@ class _Choice:
         )  # fmt: skip
         complete = chosen is not None and len(chosen.headers) == len(headers)
         return chosen if complete or last or len(arrived) == len(_guardians(self._desk)) else None
+
+    def check_pairs(self) -> None:
+        """Where there is no set: raises TrustError naming the silos whose common keys differ, which no set may hold."""
+        freeze.check_pairs({silo: decode(decode(raw, Signed).body, Header) for silo, raw in self._headers.items()})
 
     def _checked(self) -> dict[int, bytes]:
         """Signed headers of the uploads that are here, each with a vector that opens and matches it."""
@@ -155,6 +168,7 @@ def _secrets(desk: Desk, opened: Round, certified: Certified, seal_seed: bytes) 
                 )
             except TrustError as error:  # this guardian's fault: the others' shares may do
                 desk.faults.append(error)
+                _LOG.warning("round %d: %s", opened.number, error.message)
         if len(released) < _quorum(desk):
             return None
         try:

@@ -2,7 +2,9 @@
 """Verification of what was spent: epsilon after each round against all three adversaries, computed again, and a report's figures.
 
 A silo is charged for every round in which its upload is recorded, whatever became of the round. The figures are those of the silo
-that is charged most. Not here: a silo's own ledger, which may stand higher (it charges every attempt); silo.verify asks that.
+that is charged most. Rounds under more than one contract version compose by the RDP filter, as in a silo's own ledger: the later
+terms may have been chosen after the first results were seen. Its order follows from the first version's limits alone. Not here: a
+silo's own ledger, which may stand higher (it charges every attempt); silo.verify asks that.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import msgspec
 from privacy import accounting, federation, keys, update_rule
 from privacy.audit_epoch import refused
 from privacy.audit_round import RoundFacts
+from privacy.budget import Limits
 from privacy.errors import TrustError
 from privacy.federation import Accepted
 from privacy.findings import Findings, Slot
@@ -65,12 +68,16 @@ def spent(rounds: Sequence[RoundFacts]) -> list[Spent]:
 
 
 def _certified(load: tuple[tuple[bytes, int], ...], by_digest: Mapping[bytes, Accepted], name: Adversary, delta: float) -> float:
-    return _epsilon(tuple(_event(by_digest[digest], name, rounds) for digest, rounds in load), delta)
+    plan = next(iter(by_digest.values())).terms.privacy
+    order = Limits(epsilon=plan.epsilon, delta=plan.delta).filter_order if len(load) > 1 else None
+    return _epsilon(tuple(_event(by_digest[digest], name, rounds) for digest, rounds in load), delta, order)
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(events: tuple[LatticeGaussian, ...], delta: float) -> float:
-    return accounting.certify(list(events), delta).epsilon
+def _epsilon(events: tuple[LatticeGaussian, ...], delta: float, order: int | None) -> float:
+    if order is None:
+        return accounting.certify(list(events), delta).epsilon
+    return accounting.certify_adaptive(list(events), delta, order=order).epsilon
 
 
 def _event(accepted: Accepted, name: Adversary, rounds: int) -> LatticeGaussian:
@@ -107,7 +114,13 @@ def compare_report(
     found.expect(slot, "contents", pairs)
     last = figures[-1] if figures else None
     for name in ADVERSARIES:
-        found.hold(slot, f"epsilon {name}", _check_figure, stated, name, 0.0 if last is None else getattr(last, name))
+        said = _at(_rows(stated), name, "spent", "epsilon")
+        wanted = 0.0 if last is None else getattr(last, name)
+        found.hold(slot, f"epsilon {name}", functools.partial(_check_figure, said, name, wanted))  # None is a fault, not open
+    said = [_at(stated, "accounting", "spent", "epsilon"), *_most_of_silos(stated)]
+    for each in said:  # the same figure, where else it stands
+        wanted = 0.0 if last is None else last.insiders
+        found.hold(slot, "epsilon insiders", functools.partial(_check_figure, each, "insiders", wanted))
 
 
 def _check_signature(report: bytes, signature: bytes, accepted: Accepted) -> None:
@@ -116,8 +129,7 @@ def _check_signature(report: bytes, signature: bytes, accepted: Accepted) -> Non
         raw = bytes.fromhex(signature.decode().strip())
     except ValueError:
         raise refused("its signature is not hex") from None
-    whole = accepted.terms.aggregator.verify_key
-    keys.verify_signature(whole if len(raw) > 64 else whole[:32], signed, raw)
+    keys.verify_signature(accepted.terms.aggregator.verify_key, signed, raw)  # the contract says which suite, not the signature
 
 
 def _parsed(report: bytes) -> dict[str, Any]:
@@ -127,12 +139,26 @@ def _parsed(report: bytes) -> dict[str, Any]:
         raise TrustError(f"not a report: {error}", hint="ask for report.json as it was written", code="malformed") from error
 
 
-def _check_figure(stated: dict[str, Any], name: str, wanted: float) -> None:
+def _check_figure(said: object, name: str, wanted: float) -> None:
+    is_number = type(said) is float or (type(said) is int and abs(said) < 2**53)
+    if not is_number or not math.isclose(said, wanted, rel_tol=CLOSE, abs_tol=CLOSE):  # type: ignore[arg-type]
+        raise refused(f"it says epsilon {str(said)[:40]} against {name}, computed again it is {wanted}")
+
+
+def _rows(stated: dict[str, Any]) -> dict[str, object]:
+    """What it says of each adversary; nothing when one is named twice."""
     listed = _at(stated, "guarantee", "adversaries")
-    rows = {row.get("name"): row for row in listed if isinstance(row, dict)} if isinstance(listed, list) else {}
-    said = _at(rows, name, "spent", "epsilon")
-    if not isinstance(said, int | float) or not math.isclose(said, wanted, rel_tol=CLOSE, abs_tol=CLOSE):
-        raise refused(f"it says epsilon {said} against {name}, computed again it is {wanted}")
+    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    named = {str(row.get("name")): row for row in rows}
+    return dict(named) if len(named) == len(rows) else {}
+
+
+def _most_of_silos(stated: dict[str, Any]) -> list[object]:
+    """The largest epsilon that it says of a silo; None when one of them is no number."""
+    listed = _at(stated, "silos")
+    said = [_at(row, "spent", "epsilon") for row in listed] if isinstance(listed, list) else []
+    numbers = [each for each in said if isinstance(each, int | float)]
+    return [max(numbers) if numbers and len(numbers) == len(said) else None]
 
 
 def _at(tree: object, *path: str) -> object:

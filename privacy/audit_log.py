@@ -19,7 +19,7 @@ from privacy.federation import Accepted, Contract
 from privacy.findings import Findings, Slot, shown
 from privacy.log import Leaf, Tiles
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
-from privacy.notes import Checkpoint, Note
+from privacy.notes import Checkpoint
 
 Fetch = Callable[[str], bytes | None]
 
@@ -64,9 +64,13 @@ def check_log(
     tiles = Tiles(head.size, fetch)
     if not found.hold(slot, "tiles", tiles.check, head.root):
         return
+    under = {each.number: each.accepted.terms for each in rounds if each.accepted is not None}
     for number in range(1, found.source.latest("checkpoint") + 1):
-        _check_head(found, tiles, number, terms)
-    _check_leaves(found, tiles, entries)
+        mine, before = under.get(number), under.get(number - 1)
+        former = [each for each in terms if mine is None or each.version < mine.version] if mine != before or mine is None else []
+        _check_head(found, tiles, number, mine or terms[-1], terms, former)
+    seen = _check_leaves(found, tiles, entries)
+    _check_logged(found, [each for each in rounds if each.number < found.source.latest("checkpoint")], seen)
 
 
 def _newest(raw: bytes, terms: Sequence[Contract]) -> Checkpoint:
@@ -79,8 +83,15 @@ def _newest(raw: bytes, terms: Sequence[Contract]) -> Checkpoint:
     raise refusal or refused("no contract gives the log's key")
 
 
-def _check_head(found: Findings, tiles: Tiles, number: int, terms: Sequence[Contract]) -> None:
-    """The checkpoint for a round, its cosignatures, the head they make, and the manifest that names it."""
+def _check_head(
+    found: Findings, tiles: Tiles, number: int, mine: Contract, terms: Sequence[Contract], former: Sequence[Contract]
+) -> None:
+    """The checkpoint for a round, its cosignatures, the head they make, and the manifest that names it.
+
+    Args:
+        mine: the version of the round, whose quorum counts.
+        former: in the first round of a version the ones before it, whose last quorum may have seen the head.
+    """
     slot, head = Slot("checkpoint", number, AGGREGATOR), Slot("head", number, AGGREGATOR)
     later = found.source.has("manifest", number, AGGREGATOR)
     raw = found.read(slot, required="a round was opened on it" if later else "")
@@ -90,30 +101,19 @@ def _check_head(found: Findings, tiles: Tiles, number: int, terms: Sequence[Cont
     if stated is None:
         return
     found.hold(slot, "consistency", _check_beginning, tiles, stated)
-    mine = _terms_of(raw, terms)
-    for party in log.cosigners(mine):
-        document = found.read(Slot("cosignature", number, party))
+    by_party = {party: each for each in (*former, mine) for party in log.cosigners(each)}
+    for party, its in by_party.items():
+        place = Slot("cosignature", number, party)
+        document = found.read(place)
         if document is not None:
-            found.hold(Slot("cosignature", number, party), "signature", log.open_cosignature, document, raw, mine, party)
+            found.hold(place, "signature", log.open_cosignature, document, raw, its, party, former)
     document = found.read(head, required="a round was opened on it" if later else "")
     if document is not None:
-        cosigned = found.test(head, "cosignatures", lambda: log.open_head(notes.parse(document), mine))
+        cosigned = found.test(head, "cosignatures", lambda: log.open_head(notes.parse(document), mine, former))
         if cosigned is not None:
             found.expect(head, "checkpoint", [("size", cosigned.size, stated.size), ("root", cosigned.root, stated.root)])
     if later:
         _check_manifest(found, number, stated)
-
-
-def _terms_of(raw: bytes, terms: Sequence[Contract]) -> Contract:
-    """The newest contract whose log this is."""
-    note: Note = notes.parse(raw)
-    for each in reversed(terms):
-        try:
-            log.open_checkpoint(note, each)
-        except TrustError:
-            continue
-        return each
-    return terms[-1]
 
 
 def _check_beginning(tiles: Tiles, stated: Checkpoint) -> None:
@@ -133,7 +133,7 @@ def _check_manifest(found: Findings, number: int, stated: Checkpoint) -> None:
         found.expect(slot, "log head", [("log size", manifest.log_size, stated.size), ("log root", manifest.log_root, stated.root)])
 
 
-def _check_leaves(found: Findings, tiles: Tiles, entries: Iterable[Entry]) -> None:
+def _check_leaves(found: Findings, tiles: Tiles, entries: Iterable[Entry]) -> Mapping[Slot, int]:
     seen: dict[Slot, int] = {}
     for index in range(tiles.size):
         slot = _entry(tiles, index).slot
@@ -153,6 +153,16 @@ def _check_leaves(found: Findings, tiles: Tiles, entries: Iterable[Entry]) -> No
             found.add(slot, "leaf", "ok")
     for entry in entries:
         _check_place(found, entry, seen, tiles.size)
+    return seen
+
+
+def _check_logged(found: Findings, rounds: Sequence[RoundFacts], seen: Mapping[Slot, int]) -> None:
+    """What a round that a head covers rests on is in the log; of other parties' documents some may have come after that head."""
+    for each in rounds:
+        wanted = [Slot(kind, each.number, AGGREGATOR) for kind in ("manifest", "freeze", "certificate", "outcome")]
+        for slot in (*wanted, *(Slot("upload", each.number, silo) for silo in each.stood)):
+            if slot not in seen and found.source.has(*slot):
+                found.add(slot, "leaf", "failed", "it is not in the log, whose heads cover its round")
 
 
 def _check_header(raw: bytes, leaf: Leaf) -> None:

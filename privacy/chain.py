@@ -92,9 +92,13 @@ class Lineage:
     def _with(self, after: Accepted) -> Lineage:
         holders, owners, retired = dict(self.holders), dict(self.owners), set(self.retired)
         names = {name: {party for party, (held, _) in holders.items() if held == name} for name, _ in holders.values()}
-        before = {} if not self.versions else {party.id: party for party in _parties(self.newest.terms)}
-        for half in _halves(after.terms.aggregator.verify_key):
-            owners.setdefault(half, after.terms.aggregator.name)
+        # The last keys of everybody who ever stood in the chain: also of one that left and comes back, and of the coordinator.
+        before = {party.id: party.verify_key for each in self.versions for party in _parties(each.terms)}
+        hub, hubs = after.terms.aggregator, [each.terms.aggregator.verify_key for each in self.versions[-1:]]
+        for half in _halves(hub.verify_key):
+            if owners.setdefault(half, hub.name) != hub.name or half in self.retired:
+                raise _refused(f"the key {half.hex()[:16]}… of {hub.name} is or was {owners[half]}'s, or was replaced", "chain-key")
+        retired |= {half for key in hubs for half in _halves(key)} - set(_halves(hub.verify_key))
         for party in _parties(after.terms):
             known = holders.setdefault(party.id, (party.name, party.organisation))
             if known != (party.name, party.organisation):
@@ -109,7 +113,7 @@ class Lineage:
                 if half in self.retired:
                     raise _refused(f"the key {half.hex()[:16]}… of {party.name} was replaced in an earlier version", "chain-key")
             if party.id in before:
-                retired |= set(_halves(before[party.id].verify_key)) - set(_halves(party.verify_key))
+                retired |= set(_halves(before[party.id])) - set(_halves(party.verify_key))
         return Lineage(versions=(*self.versions, after), holders=holders, owners=owners, retired=frozenset(retired))
 
 

@@ -284,7 +284,8 @@ def _seed_for(
     stated = envelope.open_member(raw, PairSeeds, type="pair-seeds", context=context, member=member)
     _check_epoch("pair-seeds", sender, stated.epoch, secrets.epoch)
     sealed = _for_all_peers(stated.sealed, sender, silos, "pair-seeds")[secrets.silo]
-    seed = envelope.open_sealed(secrets.seal_seed, sealed, info=_seed_info(context, sender, secrets.silo))
+    info, what = _seed_info(context, sender, secrets.silo), f"the pair seed of silo {sender}"
+    seed = envelope.open_sealed(secrets.seal_seed, sealed, info=info, what=what)
     if len(seed) != 32:
         raise refused(f"silo {sender} sealed a pair seed of {len(seed)} bytes, not 32")
     return seed

@@ -106,7 +106,7 @@ def check_freeze(
         places = {"epoch_ctx": epoch_ctx, "round_ctx": round_ctx}
         chosen = _check_choice(freeze, headers, accepted, everybody, {*seen, *([] if own is None else [own])}, places)
     else:
-        _check_pairs(headers)
+        check_pairs(headers)
     raws = [raw for raw, silo in zip(freeze.headers, headers, strict=True) if silo in chosen]
     kept = {silo: headers[silo] for silo in chosen}
     return Frozen(round_ctx=round_ctx, digest=digest_of_set(raws), headers=kept, silos=everybody)
@@ -341,7 +341,8 @@ def _quorum(what: str, documents: Sequence[bytes], accepted: Accepted) -> list[G
     return [known[sender] for sender in senders]
 
 
-def _check_pairs(headers: Mapping[int, Header]) -> None:
+def check_pairs(headers: Mapping[int, Header]) -> None:
+    """Return if the commitments of every pair of these silos agree. Raises TrustError ("pairs-disagree") naming all others."""
     apart = choice.mismatches(headers)
     if apart:
         names = ", ".join(f"{i} and {j}" for i, j in apart)

@@ -93,8 +93,8 @@ def cosigner_key(terms: Contract, party: Member | Guardian) -> VerifierKey:
     return VerifierKey(name=cosigner_name(terms, party), key=bytes.fromhex(party.sign_key), type=COSIGNATURE)
 
 
-def open_checkpoint(note: Note, terms: Contract) -> Checkpoint:
-    """The checkpoint in a note that the aggregator signed for this federation's log.
+def open_checkpoint(note: Note, terms: Contract, former: Sequence[Contract] = ()) -> Checkpoint:
+    """The checkpoint in a note that the aggregator signed for this federation's log, with its key in ``terms`` or ``former``.
 
     Raises:
         TrustError: not a checkpoint, of another log, or without the aggregator's signature.
@@ -102,8 +102,7 @@ def open_checkpoint(note: Note, terms: Contract) -> Checkpoint:
     found = notes.checkpoint(note.text)
     if found.origin != origin(terms):
         raise _refused(f"a checkpoint of the log {found.origin}, this federation's is {origin(terms)}", "log-origin")
-    key = aggregator_key(terms)
-    if key not in notes.verified(note, [key]):
+    if not notes.verified(note, [aggregator_key(each) for each in (terms, *former)]):
         raise _refused(f"a checkpoint of {found.size} leaves that the aggregator did not sign", "log-unsigned")
     return found
 
@@ -150,7 +149,7 @@ def open_head(note: Note, terms: Contract, former: Sequence[Contract] = ()) -> C
     Raises:
         TrustError: as ``open_checkpoint``; or fewer than q parties cosigned it.
     """
-    found, signers = open_checkpoint(note, terms), cosigned_by(note, terms, former)
+    found, signers = open_checkpoint(note, terms, former), cosigned_by(note, terms, former)
     if len(signers) < terms.quorum:
         if former and len(cosigned_by(note, former[-1], former[:-1])) >= former[-1].quorum:
             return found
@@ -308,7 +307,7 @@ def receipt(tiles: Tiles, index: int, note: Note) -> bytes:
     return ("\n".join(lines) + "\n\n").encode() + note.to_bytes()
 
 
-def open_receipt(raw: bytes, terms: Contract) -> tuple[Leaf, int, Note]:
+def open_receipt(raw: bytes, terms: Contract, former: Sequence[Contract] = ()) -> tuple[Leaf, int, Note]:
     """The leaf that a receipt proves to be in the log, its index, and the checkpoint's note; ``cosigned_by`` says who saw that.
 
     Raises:
@@ -322,7 +321,7 @@ def open_receipt(raw: bytes, terms: Contract) -> tuple[Leaf, int, Note]:
         raise _refused("a receipt is a tlog-proof with its leaf in extra", "malformed")
     leaf, index = notes.from_base64(lines[1].removeprefix("extra ")), notes.decimal(lines[2].removeprefix("index "))
     note = notes.parse(tail)
-    found = open_checkpoint(note, terms)
+    found = open_checkpoint(note, terms, former)
     proofs.verify_inclusion(proofs.leaf_hash(leaf), index, found.size, list(map(notes.from_base64, lines[3:])), found.root)
     return decode(leaf, Leaf), index, note
 

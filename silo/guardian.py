@@ -23,8 +23,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Container, MutableMapping
 
+from privacy import envelope, guardian_sum, keys, log, notes
 from privacy import epoch as epochs
-from privacy import guardian_sum, keys, log, notes
 from privacy.errors import Replay, TrustError
 from privacy.federation import Accepted
 from privacy.federation import Guardian as Party
@@ -59,6 +59,8 @@ class Guardian:
         self.finished = 0
         """Rounds with an outcome in which it acted since it was made."""
         self._former, self._watch = former, watch
+        kept = (envelope.open_contract(raw) for version, raw in home.contracts() if version < accepted.terms.version)
+        self._earlier = tuple(each.terms for each in kept)  # whose keys signed what came before this version
         self._accepted, self._clock, self._vows = accepted, clock, Vows(home)
         self._post = Post(transport=transport, identity=identity, accepted=accepted, party=party, vows=self._vows, told=told)
         self._outcomes: MutableMapping[int, bytes] = {} if outcomes is None else outcomes
@@ -178,7 +180,8 @@ class Guardian:
     def _check_manifest(self, manifest: Manifest, epoch: Epoch) -> None:
         """Return if the manifest continues the outcome before it, on a head of the log that a quorum cosigned."""
         raw = self._post.get("head", manifest.round)
-        head = None if raw is None else log.open_head(notes.parse(raw), self._accepted.terms)
+        earlier = self._earlier if self._is_first(manifest.round) else ()
+        head = None if raw is None else log.open_head(notes.parse(raw), self._accepted.terms, earlier)
         expected: dict[str, object] = {
             "epoch_ctx": epoch.context, "epoch": epoch.number, "round": self._number, "previous": self._previous(self._number),
             "log_size": None if head is None else head.size, "log_root": None if head is None else head.root,
@@ -199,9 +202,25 @@ class Guardian:
             document = self._post.get("outcome", number - 1)
             if document is None:
                 return None
-            context = decode(document, Signed).context  # of its own epoch; that the aggregator signed it is what counts
-            self._outcomes[number - 1] = hashlib.sha256(self._post.open(document, "outcome", context)).digest()
+            signed = decode(document, Signed)  # in the context of its own epoch; that the aggregator signed it is what counts
+            self._outcomes[number - 1] = hashlib.sha256(self._opened(document, signed.context, number)).digest()
         return self._outcomes[number - 1]
+
+    def _opened(self, document: bytes, context: bytes, number: int) -> bytes:
+        """The body of the outcome before round ``number``, which a key of an earlier version may have signed."""
+        for terms in self._earlier if self._is_first(number) else ():
+            try:
+                key = terms.aggregator.verify_key
+                return envelope.open_signed(document, type="outcome", context=context, sender=AGGREGATOR, key=key)
+            except TrustError:
+                continue
+        return self._post.open(document, "outcome", context)
+
+    def _is_first(self, number: int) -> bool:
+        """Whether the round before was of an earlier version: its outcome, and the head of this one, have the keys of then."""
+        before = self._post.get("manifest", number - 1)
+        call = None if before is None else self._post.get("epoch", decode(decode(before, Signed).body, Manifest).epoch)
+        return call is not None and decode(call, Signed).context in self._former
 
 
 def party_of(accepted: Accepted, identity: keys.Identity) -> Party | None:

@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hostile reading of log, chain, keys and verification found: one test for each defect, which failed before it was mended."""
+"""What a hostile reading of log, chain, keys and verification found: a test for each defect; it failed before."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import msgspec
 import pytest
 
-from aggregator import admission, revision, service
-from aggregator import verify as aggregator_verify
+from aggregator import admission, commands, revision
 from aggregator.journal import Journal
-from privacy import audit, audit_log, chain, federation, keys, log, notes, placing
+from privacy import accounting, audit_budget, audit_epoch, federation, keys, log, notes
 from privacy.audit_log import check_log
+from privacy.audit_round import RoundFacts
+from privacy.budget import Limits
 from privacy.chain import Lineage
-from privacy.errors import TrustError
+from privacy.errors import ConfigError, TrustError
 from privacy.federation import parse
-from privacy.findings import Slot
+from privacy.findings import Findings, Slot
 from privacy.keys import Identity
 from privacy.messages import AGGREGATOR
 from silo import keyring
 from silo import verify as silo_verify
 from silo.home import Home
 from silo.watch import Watch
+from tests import sample_report
 from tests.terms import contract_bytes, public, seed
 from tests.test_chain import FOUR, SILOS, contract, identity
 from tests.test_journal import HUB, Place
@@ -71,21 +72,8 @@ def test_a_replaced_key_of_the_coordinator_does_not_come_back():
 # --- Heads over a new version -------------------------------------------------------------------------------------------------
 
 
-class Documents(dict):
-    """A board in memory."""
-
-    def get(self, kind, number, party):
-        return super().get((kind, number, party))
-
-    def parties(self, kind, number):
-        return tuple(sorted(party for a, b, party in self if (a, b) == (kind, number)))
-
-    def latest(self, kind):
-        return max((number for a, number, _ in self if a == kind), default=None)
-
-
 def test_a_cosignature_from_before_a_version_is_admitted_under_it(tmp_path):
-    """A silo sends what it wrote down, never another one: when it arrives late it must still be taken, or the silo stops for ever."""
+    """A silo sends what it wrote down, never another one: when it arrives late it must be taken, or the silo stops for ever."""
     town = Town(tmp_path, *NAMES)
     first = town.sign()
     town.join(*NAMES)
@@ -93,7 +81,8 @@ def test_a_cosignature_from_before_a_version_is_admitted_under_it(tmp_path):
     head = notes.Checkpoint(origin=log.origin(first.terms), size=1, root=bytes(32))
     shown = notes.signed(head.text, name=head.origin, seed=town.hub.sign_seed).to_bytes()
     town.store.put_once("checkpoint", 3, AGGREGATOR, shown, received_at=1.0)
-    late = notes.cosigned(head.text, name=log.cosigner_name(first.terms, first.terms.by_id(2)), seed=old.sign_seed, time=5).to_bytes()
+    name = log.cosigner_name(first.terms, first.terms.by_id(2))
+    late = notes.cosigned(head.text, name=name, seed=old.sign_seed, time=5).to_bytes()
     admission.admit("cosignature", 3, 2, late, town.store)
     town.rotate("b")
     town.revise()
@@ -156,3 +145,167 @@ def test_a_new_key_that_is_lost_before_its_contract_is_replaced(tmp_path):
     second = town.sign()
     town.join(*NAMES)
     assert town.walked()[-1] == second
+
+
+# --- Verification --------------------------------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Documents in memory as a source of an audit."""
+
+    def __init__(self, documents):
+        self.documents = documents
+
+    def get(self, kind, number, party):
+        return self.documents.get((kind, number, party))
+
+    def has(self, kind, number, party):
+        return (kind, number, party) in self.documents
+
+    def latest(self, kind):
+        return max((number for each, number, _ in self.documents if each == kind), default=0)
+
+    def digest(self, kind, number, party):
+        return None
+
+    def file(self, kind, number, party):
+        return ""
+
+
+def heads_of(first, then, *signers):
+    """What check_log says of the head of round 1, opened under ``first``, now that ``then`` is in force."""
+    keeper = Keeper(leaf("roster", 1, 0, b"roster"))
+    keeper.show(1)
+    shown = keeper.documents["checkpoint", 1, 0]
+    for silo in signers:
+        made = notes.cosigned(notes.parse(shown).text, name=f"test-federation/silo-{silo}", seed=seed(silo), time=3)
+        keeper.documents["cosignature", 1, silo] = made.to_bytes()
+    keeper.cosigned(1, *signers)
+    found = Findings(Shelf(keeper.documents))
+    rounds = [RoundFacts(number=1, how="void", charged=(), stood=(), accepted=first)]
+
+    def fetch(path):
+        return shown if path == "checkpoint" else keeper.fetch(path)
+
+    check_log(found, {first.digest: first, then.digest: then}, rounds, fetch=fetch)
+    return {(check.kind, check.party) for check in found.checks if check.status == "failed" and check.kind != "contract"} - {
+        ("roster", 0)
+    }  # fmt: skip
+
+
+def test_heads_are_held_to_the_version_of_their_round():
+    """After a rotation every earlier head of an honest federation failed: silo 2 had cosigned it with the key it had then."""
+    first = parse(contract_bytes(4))
+    rotated = parse(contract_bytes(4, sign_keys=[public(1), public(22), public(3), public(4)], version=2, previous="ab" * 32))
+    assert heads_of(first, rotated, 1, 2, 3, 4) == set()
+    smaller = parse(contract_bytes(3, version=2, previous="ab" * 32))
+    assert heads_of(first, smaller, 1, 2, 3, 4) == set()
+    assert heads_of(first, smaller, 1, 2, 3) == {("head", 0)}, "three of four are no quorum, whatever a later version says"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A federation after two rounds, whose aggregator kept the freezes out of the log."""
+    whole = Whole.create(tmp_path_factory.mktemp("review") / "whole")
+    keys.write_public(whole.home.public_path, whole.identity, "Hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "UNLOGGED", log.UNLOGGED | {"freeze"})
+        whole.run(2)
+    whole.close()
+    return whole
+
+
+def test_a_document_that_was_kept_out_of_the_log_is_named(finished):
+    found = silo_verify.verify(finished.root / "none", folder=finished.home.root, fingerprint=finished.accepted.digest.hex())
+    assert {check.slot for check in found.failed if check.what == "leaf"} == {Slot("freeze", 1, 0), Slot("freeze", 2, 0)}
+
+
+def test_a_silo_with_a_new_key_still_checks_its_own_ledger(finished, tmp_path):
+    """Between rotation and new contract the new key stands in no contract: the silo's own checks were left out."""
+    home = Home(finished.copied(tmp_path / "whole").root / "silo-1")
+    keys.write_public(home.public_path, keys.load(home.identity_path), "Hospital 1")
+    keyring.rotate(home, organisation="Hospital 1")
+    found = silo_verify.verify(home.root, folder=tmp_path / "whole" / "aggregator")
+    asked = {(check.kind, check.number, check.party, check.status) for check in found.checks}
+    assert {("ledger", 0, 1, "ok"), ("ledger", 1, 1, "ok"), ("ledger", 2, 1, "ok"), ("state", 2, 1, "ok")} <= asked
+
+
+def test_a_fingerprint_does_not_unbind_a_silo_from_its_contract(finished, tmp_path):
+    town = Town(tmp_path, *NAMES)
+    town.sign()
+    town.join(*NAMES)
+    whose = keys.fingerprint(audit_epoch.aggregator_of(finished.accepted.terms))
+    found = silo_verify.verify(town.silo("a").root, folder=finished.home.root, fingerprint=whose)
+    assert "joined" in {check.what for check in found.failed}
+
+
+# --- Epsilon --------------------------------------------------------------------------------------------------------------------
+
+
+def test_epsilon_over_two_versions_is_the_filters():
+    """The later terms may have been chosen after the first results: a composition of fixed mechanisms understates."""
+    first = parse(contract_bytes(3))
+    second = parse(contract_bytes(3, version=2, previous=first.digest.hex(), privacy={"noise_multiplier": 3.0}))
+    facts = [RoundFacts(number=n, how="void", charged=(1,), stood=(), accepted=each) for n, each in ((1, first), (2, second))]
+    one, both = audit_budget.spent(facts)
+    events = [federation.mechanism(each.terms, rounds=1) for each in (first, second)]
+    delta = first.terms.privacy.delta
+    assert one.insiders == accounting.certify(events[:1], delta).epsilon
+    order = Limits(epsilon=first.terms.privacy.epsilon, delta=delta).filter_order
+    assert both.insiders == accounting.certify_adaptive(events, delta, order=order).epsilon
+    assert both.insiders > accounting.certify(events, delta).epsilon
+
+
+def test_no_report_states_one_versions_noise_for_anothers_rounds(tmp_path, monkeypatch):
+    town = Town(tmp_path, *NAMES)
+    first = town.sign()
+    second = parse(first.raw.replace(b"version = 1", b"version = 2"))
+    town.store.put_once("manifest", 1, AGGREGATOR, b"of round 1", received_at=1.0)
+    monkeypatch.setattr("aggregator.versions.of_round", lambda store, number: first)
+    commands._check_one_version(commands.Opened(home=town.home, store=town.store), first)
+    with pytest.raises(ConfigError) as caught:
+        commands._check_one_version(commands.Opened(home=town.home, store=town.store), second)
+    assert caught.value.code == "report-versions"
+
+
+def test_a_report_is_signed_in_the_contracts_suite(tmp_path):
+    """Its length chose the suite: half a signature passed where the contract asks for both."""
+    whole = Whole.create(tmp_path / "whole", signatures=keys.HYBRID)
+    record, _ = commands.write_report(whole.home.root, tmp_path / "report", sample_report.sample())
+    data, signature = record.read_bytes(), record.with_name("report.json.sig").read_bytes()
+    audit_budget._check_signature(data, signature, whole.accepted)
+    with pytest.raises(TrustError):
+        audit_budget._check_signature(data, signature[:128], whole.accepted)
+    whole.close()
+
+
+FIGURES = {
+    "guarantee": {"adversaries": [{"name": name, "spent": {"epsilon": 2.0}} for name in audit_budget.ADVERSARIES]},
+    "accounting": {"spent": {"epsilon": 2.0}},
+    "silos": [{"spent": {"epsilon": 2.0}}, {"spent": {"epsilon": 1.0}}],
+}
+
+
+def failing(**changes):
+    """The questions about epsilon that fail on a report with these tables, of a federation that spent 2."""
+    accepted = parse(contract_bytes(3))
+    found = Findings(Shelf({}))
+    figures = [audit_budget.Spent(round=1, rounds_charged=1, delta=1e-5, outside=2.0, insiders=2.0, sum_broken=2.0)]
+    record = msgspec.json.encode({**FIGURES, **changes})
+    audit_budget.compare_report(found, record, None, accepted=accepted, figures=figures, rounds=[])
+    return {check.what for check in found.checks if check.status == "failed" and check.what.startswith("epsilon")}
+
+
+def test_every_epsilon_of_a_silo_is_held_to_what_was_spent():
+    assert failing() == set()
+    assert failing(accounting={"spent": {"epsilon": 0.5}}) == {"epsilon insiders"}
+    assert failing(silos=[{"spent": {"epsilon": 0.5}}]) == {"epsilon insiders"}
+    assert failing(silos=[*FIGURES["silos"], {"spent": {}}]) == {"epsilon insiders"}
+    rows = FIGURES["guarantee"]["adversaries"]
+    twice = {"adversaries": [{"name": "insiders", "spent": {"epsilon": 0.1}}, *rows]}
+    assert failing(guarantee=twice) == {f"epsilon {name}" for name in audit_budget.ADVERSARIES}
+    for odd in (10**19, True, "2", None, [2.0]):
+        changed = [{"name": row["name"], "spent": {"epsilon": odd}} for row in rows]
+        assert len(failing(guarantee={"adversaries": changed})) == 3
+    with pytest.raises(TrustError):
+        audit_budget._check_figure(10**400, "insiders", 1.0)

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 
 import httpx2
 import pytest
 
-from privacy import epoch, federation, keys, shares
+from privacy import epoch, federation, keys, log, notes, shares
 from privacy.envelope import sign
 from privacy.errors import TrustError
 from privacy.federation import GUARDIANS_FROM
-from privacy.messages import AGGREGATOR, PairSeeds, Roster, encode
+from privacy.messages import AGGREGATOR, Manifest, PairSeeds, Roster, encode
+from privacy.notes import Checkpoint
+from silo.guardian import Guardian
+from silo.guardian_round import Epoch as Working
 from silo.home import Home
 from silo.session import Epoch
 from silo.transport import MOST_BYTES, HttpTransport
-from tests.terms import contract_bytes
+from tests.sharing import share_terms
+from tests.terms import contract_bytes, public, seed
 from tests.test_epoch import make_party
 from tests.test_guardian import FIVE, works
 from tests.test_share_mode import FOUR
@@ -146,3 +151,58 @@ def test_a_silo_left_out_of_an_epoch_comes_back_though_its_note_was_early(tmp_pa
 
     whole.run_hurried(3, *(functools.partial(lives, silo) for silo in FOUR))
     assert settled[4][-1].stood == 4, [each.stood for each in settled[4]]
+
+
+class Documents(dict):
+    """A board that shows these documents."""
+
+    def get(self, kind, number, party, *, wait_s):
+        return super().get((kind, number, party))
+
+
+def test_a_guardian_goes_on_where_the_aggregator_and_guardians_have_new_keys(tmp_path):
+    """The head of the first round under a version was signed, and cosigned, by the keys of the one before; so was the outcome."""
+    first = federation.parse(share_terms(aggregator_key=public(100)))
+    renewed = share_terms(aggregator_key=public(101), version=2, previous=first.digest.hex())
+    for index in (1, 2):
+        renewed = renewed.replace(public(225 + index).encode(), public(240 + index).encode())
+    second, home = federation.parse(renewed), Home.create(tmp_path / "home")
+    for accepted, hub in ((first, seed(100)), (second, seed(101))):
+        signer = keys.Identity(name="hub", sign_seed=hub, receive_seed=None)
+        raw = sign(signer, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
+        home.keep_contract(accepted.terms.version, raw)
+    old = keys.Identity(name="hub", sign_seed=seed(100), receive_seed=None)
+    board, earlier = Documents(), b"e" * 32
+    board["outcome", 1, AGGREGATOR] = sign(old, type="outcome", context=earlier, sender=AGGREGATOR, body=b"how it ended")
+    board["manifest", 1, AGGREGATOR] = sign(old, type="manifest", context=earlier, sender=AGGREGATOR, body=encode(a_manifest(1)))
+    board["epoch", 1, AGGREGATOR] = sign(old, type="epoch", context=first.digest, sender=AGGREGATOR, body=b"")
+    board["epoch", 2, AGGREGATOR] = sign(old, type="epoch", context=second.digest, sender=AGGREGATOR, body=b"")
+    text = Checkpoint(origin=log.origin(first.terms), size=7, root=b"r" * 32).text
+    note = notes.signed(text, name=log.origin(first.terms), seed=seed(100))
+    lines = [
+        notes.cosigned(text, name=log.cosigner_name(first.terms, each), seed=seed(225 + index), time=1)
+        for index, each in enumerate(first.terms.guardian, start=1)
+    ]
+    board["head", 2, AGGREGATOR] = notes.joined(note, lines[:4]).to_bytes()
+    guardian = Guardian(
+        home=home, transport=board, identity=keys.Identity(name="guard-4", sign_seed=seed(229), receive_seed=None), accepted=second,
+        party=second.terms.guardian[3], clock=lambda: 0.0, former={first.digest: first},
+    )  # fmt: skip
+    guardian._number = 2
+    at = Working(number=2, context=b"c" * 32, silos=(1, 2, 3), secrets=epoch.new_guardian_note(second.digest, 2, 32772)[0])
+    stated = a_manifest(2, epoch=2, previous=hashlib.sha256(b"how it ended").digest(), log_size=7, log_root=b"r" * 32)
+    guardian._check_manifest(stated, at)
+
+    later = Documents(board)
+    later["manifest", 1, AGGREGATOR] = sign(old, type="manifest", context=earlier, sender=0, body=encode(a_manifest(1, epoch=2)))
+    guardian._post.transport.update(later)
+    with pytest.raises(TrustError, match="did not sign"):  # no longer the first: only the keys in force count
+        guardian._check_manifest(stated, at)
+
+
+def a_manifest(number, **changes):
+    given = {
+        "epoch_ctx": b"c" * 32, "epoch": 1, "round": number, "previous": bytes(32), "base_state": bytes(32), "dimension": 1,
+        "ring_bits": 32, "lattice_bits": 1, "clamp": 1, "opened_at": 100, "deadline_at": 160, **changes,
+    }  # fmt: skip
+    return Manifest(**given)
