@@ -2,8 +2,8 @@
 """Epochs as the coordinator sets them up: a call, the parties' notes, a roster, and a confirmed secret for every pair of silos.
 
 In consent mode an epoch holds all members. In share mode it holds the silos that posted a note in time, at least u_min, and the
-guardians that did, at least q. A silo of the roster that then does not confirm is left out of the next call at once. A note that
-is not in the roster is a knock: that silo waits for the next epoch, which is called before the next round.
+guardians that did, at least q. A silo of the roster that then does not confirm, or not the same as another, is left out of the next
+call at once. A note that is not in the roster is a knock: that silo waits for the next epoch, called before the next round.
 
 Promised: an epoch is used only when all its silos confirmed the same secrets; what stands is gone on with after a restart. Not
 promised: that it comes about while parties are missing.
@@ -11,11 +11,15 @@ promised: that it comes about while parties are missing.
 
 from __future__ import annotations
 
+import logging
+
 from aggregator import rounds
 from aggregator.desk import Desk
 from aggregator.rounds import Epoch
-from privacy import epoch
-from privacy.errors import RoundError
+from privacy import choice, epoch
+from privacy.errors import RoundError, TrustError
+
+_LOG = logging.getLogger(__name__)
 
 
 class Epochs:
@@ -81,7 +85,14 @@ class Epochs:
             else:
                 self._desk.demand(kind, number, shown=number)
         tags = self._desk.all("confirmation", number, at.silos)
-        epoch.check_confirmations(tags, accepted=self._accepted, context=at.context, epoch=number, silos=at.silos)
+        try:
+            epoch.check_confirmations(tags, accepted=self._accepted, context=at.context, epoch=number, silos=at.silos)
+        except TrustError as error:
+            apart = error.facts.get("pairs")
+            if not (self._accepted.terms.shared and isinstance(apart, list)):
+                raise
+            _LOG.warning("epoch %d: %s", number, error.message)  # nobody can tell which of two lies
+            return frozenset(at.silos) - choice.without_mismatches(apart, at.silos)
         return frozenset()
 
     def _roster(self, number: int, without: frozenset[int]) -> Epoch:

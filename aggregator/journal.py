@@ -71,6 +71,8 @@ class Journal:
             self._store.put_once("checkpoint", number, AGGREGATOR, note.to_bytes(), received_at=self._clock())
             self._show(note)
             return head
+        if self._shown_size() < before.size:  # killed before it was shown
+            self._show(notes.parse(raw))
         return log.open_checkpoint(notes.parse(raw), self._terms, self._former)
 
     def head(self, number: int) -> Checkpoint | None:
@@ -133,6 +135,13 @@ class Journal:
             files.write_once(whole, data)
         except Equivocation as error:
             raise _rolled_back(f"{path} was published with other bytes than the table gives") from error
+
+    def _shown_size(self) -> int:
+        path = self._folder / "checkpoint"
+        try:
+            return notes.checkpoint(notes.parse(path.read_bytes()).text).size if path.exists() else 0
+        except TrustError:  # it is not what counts: written again
+            return 0
 
     def _show(self, note: Note) -> None:
         files.write_atomic(self._folder / "checkpoint", note.to_bytes())

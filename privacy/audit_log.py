@@ -66,9 +66,9 @@ def check_log(
         return
     under = {each.number: each.accepted.terms for each in rounds if each.accepted is not None}
     for number in range(1, found.source.latest("checkpoint") + 1):
-        mine, before = under.get(number), under.get(number - 1)
-        former = [each for each in terms if mine is None or each.version < mine.version] if mine != before or mine is None else []
-        _check_head(found, tiles, number, mine or terms[-1], terms, former)
+        mine = under.get(number, terms[-1])  # a head of no round yet may be of the version that comes, or of the one in force
+        former = [each for each in terms if each.version < mine.version and mine != under.get(number - 1)]
+        _check_head(found, tiles, number, mine, terms, former)
     seen = _check_leaves(found, tiles, entries)
     _check_logged(found, [each for each in rounds if each.number < found.source.latest("checkpoint")], seen)
 

@@ -87,7 +87,8 @@ def choose(
 ) -> Freeze | None:
     """The freeze with the largest U that q of these lists give (ties: lowest guardian ids), or None when none reaches u_min.
 
-    With more than ``MOST_DIFFERENT_LISTS`` different lists, a large set: lists are dropped one by one, the one that costs most.
+    With more than ``MOST_DIFFERENT_LISTS`` different lists, a large set: lists are dropped one by one, the one that costs most,
+    with all who hold it.
 
     Args:
         headers: the verified signed headers that are stored, by silo.
@@ -129,21 +130,27 @@ def _candidates(
         listing = lists[guardian][1]
         holders.setdefault((listing.headers, listing.disputes), []).append(guardian)
     if len(holders) > MOST_DIFFERENT_LISTS:
-        yield _by_dropping(sorted(lists), quorum, outcome)
+        yield _lowest(_by_dropping(list(holders.values()), quorum, outcome), quorum)
         return
     # U depends on which different lists are used; of those who hold them the lowest ids, at least one of each.
     for size in range(1, min(quorum, len(holders)) + 1):
         for groups in combinations(holders.values(), size):
-            first = [group[0] for group in groups]
-            others = sorted(guardian for group in groups for guardian in group[1:])
-            if len(first) + len(others) >= quorum:
-                yield tuple(sorted(first + others[: quorum - len(first)]))
+            if sum(map(len, groups)) >= quorum:
+                yield _lowest(groups, quorum)
 
 
-def _by_dropping(guardians: list[int], quorum: int, outcome: Callable[[Sequence[int]], tuple[int, ...]]) -> tuple[int, ...]:
-    left = list(guardians)
-    while len(left) > quorum:
-        # The highest id on a tie.
-        worst = max(left, key=lambda guardian: (len(outcome([other for other in left if other != guardian])), guardian))
-        left.remove(worst)
-    return tuple(left)
+def _lowest(groups: Sequence[list[int]], quorum: int) -> tuple[int, ...]:
+    """q guardians, ascending: of each group the lowest, then the lowest of the others."""
+    first = [group[0] for group in groups]
+    others = sorted(guardian for group in groups for guardian in group[1:])
+    return tuple(sorted(first + others[: quorum - len(first)]))
+
+
+def _by_dropping(groups: list[list[int]], quorum: int, outcome: Callable[[Sequence[int]], tuple[int, ...]]) -> list[list[int]]:
+    """Groups of one list each, without those that cost most: a list that one guardian fewer holds costs as much as before."""
+    left = list(groups)
+    while can_go := [group for group in left if len(group) <= sum(map(len, left)) - quorum]:
+        # A small group, then the highest ids, on a tie. As long as more than q groups are left, one can go.
+        sizes = {group[0]: len(outcome([other[0] for other in left if other is not group])) for group in can_go}
+        left.remove(max(can_go, key=lambda group: (sizes[group[0]], -len(group), group)))
+    return left

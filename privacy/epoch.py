@@ -262,7 +262,7 @@ def check_confirmations(
     apart = [(i, j) for i, j in combinations(sorted(tags), 2) if tags[i][j] != tags[j][i]]
     if apart:
         names = ", ".join(f"{i} and {j}" for i, j in apart)
-        raise refused(f"these silos hold different pair secrets: {names}")
+        raise refused(f"these silos hold different pair secrets: {names}", pairs=apart)
 
 
 def _pair(i: int, j: int) -> tuple[bytes, bytes]:

@@ -208,12 +208,14 @@ def _check_guardians(terms: Contract) -> None:
                     f"guardian {guardian.name} and silo {member.name} share a name or a key, and not all of them",
                     "a guardian that is part of a silo has its name, organisation and keys; another one has none of them",
                 )
-    if terms.silo_guardians and terms.sum.dropouts > count - terms.quorum:
+    # An organisation with a silo and a guardian of other keys is one adversary, and one that drops out, all the same.
+    together = {guardian.organisation for guardian in terms.guardian} & {member.organisation for member in terms.member}
+    if together and terms.sum.dropouts > count - terms.quorum:
         raise _contradiction(
             f"dropouts = {terms.sum.dropouts}, and {count} guardians of which {terms.quorum} are needed",
             "silos that are guardians drop out as both: at most as many as guardians can be spared",
         )
-    if terms.silo_guardians and corrupt < terms.privacy.colluders:
+    if together and corrupt < terms.privacy.colluders:
         raise _contradiction(
             f"corrupt_guardians = {corrupt}, colluders = {terms.privacy.colluders}", "silos that are guardians collude as both"
         )

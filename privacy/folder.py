@@ -172,11 +172,20 @@ def read(root: Path, *parts: str, most: int, digest: bytes | None = None) -> byt
     return found if is_right else None
 
 
-def is_whole(root: Path, *parts: str, digest: bytes) -> bool:
-    """Whether the file is there with this digest; it is read in pieces and not kept. Raises MachineError as ``read``."""
+def is_whole(root: Path, *parts: str, digest: bytes, most: int) -> bool:
+    """Whether the file is there with this digest and at most ``most`` bytes; it is read in pieces and not kept.
+
+    Raises:
+        MachineError: as ``read``.
+    """
+    if (size(root, *parts) or 0) > most:  # a sparse file costs its writer nothing, and its reader minutes
+        return False
     running = hashlib.sha256()
-    for chunk in _chunks(root, parts, None):
-        running.update(chunk)
+    try:
+        for chunk in _chunks(root, parts, most):
+            running.update(chunk)
+    except TooLong:
+        return False
     return running.digest() == digest
 
 
@@ -189,7 +198,7 @@ def size(root: Path, *parts: str) -> int | None:
     return None
 
 
-def _chunks(root: Path, parts: tuple[str, ...], most: int | None) -> Iterator[bytes]:
+def _chunks(root: Path, parts: tuple[str, ...], most: int) -> Iterator[bytes]:
     """The content of a regular file; nothing when there is none."""
     with _entered(root, parts[:-1]) as folder:
         if folder is None:
@@ -204,7 +213,7 @@ def _chunks(root: Path, parts: tuple[str, ...], most: int | None) -> Iterator[by
         done = 0
         while stat.S_ISREG(os.fstat(descriptor).st_mode) and (chunk := os.read(descriptor, _CHUNK)):
             done += len(chunk)
-            if most is not None and done > most:
+            if done > most:
                 raise TooLong
             yield chunk
     except OSError as error:

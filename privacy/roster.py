@@ -129,9 +129,10 @@ def _check_basis(notes: Sequence[EpochNote]) -> None:
         )
 
 
-def refused(what: str) -> TrustError:
+def refused(what: str, **facts: object) -> TrustError:
     """Why no epoch starts."""
-    return TrustError(what, hint="no epoch starts; the named party must look into it, then start a new epoch", code="epoch-refused")
+    hint = "no epoch starts; the named party must look into it, then start a new epoch"
+    return TrustError(what, hint=hint, code="epoch-refused", **facts)
 
 
 def _short(digest: bytes) -> str:

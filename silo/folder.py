@@ -75,7 +75,7 @@ class FolderTransport:
             SiloquyError: the aggregator's refusal of a document that was put before, as its class; never a Replay.
         """
         slot: Slot = (cast(Kind, kind), number, party)
-        most = MOST_BYTES_OUTCOME if kind in ("outcome", "upload") else MOST_BYTES
+        most = _most(kind)
         start, pause = self._clock(), _FIRST_PAUSE_S
         while True:
             with self._lock:
@@ -209,7 +209,7 @@ class FolderTransport:
         if self._waiting and self._clock() - self._looked_after_at >= _LOOK_AFTER_S:
             self._looked_after_at = self._clock()
             for (party, sent), data in self._waiting.items():
-                if not folder.is_whole(self._root, folder.INBOX, str(party), sent.name, digest=sent.digest):
+                if not folder.is_whole(self._root, folder.INBOX, str(party), sent.name, digest=sent.digest, most=len(data)):
                     folder.write(self._root, folder.INBOX, str(party), sent.name, data=data)
 
     def _refusal(self, party: int, sent: Sent) -> SiloquyError | None:
@@ -219,6 +219,11 @@ class FolderTransport:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, folder.TooLong):  # half copied
             return None
         return refusal(409, cast(bytes, body)) if stated else None
+
+
+def _most(kind: str) -> int:
+    """The most bytes a document of this kind may have."""
+    return MOST_BYTES_OUTCOME if kind in ("outcome", "upload") else MOST_BYTES
 
 
 def _is_whole_resource(path: str, data: bytes) -> bool:
@@ -302,7 +307,7 @@ class _View:
             return True
         if self._clock() < self._try_again_at.get(document, float("-inf")):
             return False
-        if folder.is_whole(self._root, *document.folder, document.name, digest=document.digest):
+        if folder.is_whole(self._root, *document.folder, document.name, digest=document.digest, most=_most(document.kind)):
             self._whole.add(document)
             self._try_again_at.pop(document, None)
             return True

@@ -10,9 +10,10 @@ was called since. Not promised: that rounds come; ``wait_s`` bounds how long a s
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 
-from privacy.errors import Replay, RoundError
+from privacy.errors import Replay, RoundError, TrustError
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
 from silo import session
 from silo.guarding import Watching, guarding
@@ -21,6 +22,8 @@ from silo.session import Epoch
 from silo.settlement import load_progress
 from silo.succession import ancestors
 from silo.watch import refuse_after_equivocation
+
+_LOG = logging.getLogger(__name__)
 
 
 def participate(parts: Parts, *, basis: bytes, rounds: int | None, wait_s: float) -> Iterator[Settled]:
@@ -138,8 +141,14 @@ class _Taking:
                     wait_s=self._wait_s,
                 )
             )
-        except (RoundError, Replay) as error:
-            if error.code == "not-in-epoch":
+        except (RoundError, TrustError) as error:
+            # In share mode what one silo spoils ends nobody: those whom it concerns wait for the next epoch, the others go on.
+            spoilt = parts.accepted.terms.shared and (error.code == "sealed" or "pairs" in error.facts)
+            if spoilt:
+                _LOG.warning("epoch %d: %s", number, error.message)
+            if spoilt or error.code == "not-in-epoch":
                 self._outside = number
-            elif session.called(parts.transport, parts.accepted, after=number) is None:
+                return
+            late = isinstance(error, RoundError | Replay)
+            if not late or session.called(parts.transport, parts.accepted, after=number) is None:
                 raise

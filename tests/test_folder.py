@@ -143,10 +143,10 @@ def test_only_a_regular_file_with_the_digest_is_read(tmp_path):
     (tmp_path / "in" / "folder").mkdir()
     os.mkfifo(tmp_path / "in" / "pipe")
     assert folder.read(tmp_path, "in", "whole", most=100, digest=sha(data)) == data
-    assert folder.is_whole(tmp_path, "in", "whole", digest=sha(data))
+    assert folder.is_whole(tmp_path, "in", "whole", digest=sha(data), most=len(data))
     for name in ("half", "other", "empty", "link", "folder", "pipe", "none"):
         assert folder.read(tmp_path, "in", name, most=100, digest=sha(data)) is None, name
-        assert not folder.is_whole(tmp_path, "in", name, digest=sha(data)), name
+        assert not folder.is_whole(tmp_path, "in", name, digest=sha(data), most=len(data)), name
 
 
 def test_no_link_below_the_root_is_followed_and_the_root_may_be_one(tmp_path):

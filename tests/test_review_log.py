@@ -10,7 +10,7 @@ import pytest
 
 from aggregator import admission, commands, revision
 from aggregator.journal import Journal
-from privacy import accounting, audit_budget, audit_epoch, federation, keys, log, notes
+from privacy import accounting, audit_budget, audit_epoch, federation, folder, keys, log, notes
 from privacy.audit_log import check_log
 from privacy.audit_round import RoundFacts
 from privacy.budget import Limits
@@ -22,6 +22,7 @@ from privacy.keys import Identity
 from privacy.messages import AGGREGATOR
 from silo import keyring
 from silo import verify as silo_verify
+from silo.folder import FolderTransport
 from silo.home import Home
 from silo.watch import Watch
 from tests import sample_report
@@ -172,7 +173,7 @@ class Shelf:
         return ""
 
 
-def heads_of(first, then, *signers):
+def heads_of(first, then, *signers, opened=True):
     """What check_log says of the head of round 1, opened under ``first``, now that ``then`` is in force."""
     keeper = Keeper(leaf("roster", 1, 0, b"roster"))
     keeper.show(1)
@@ -182,7 +183,7 @@ def heads_of(first, then, *signers):
         keeper.documents["cosignature", 1, silo] = made.to_bytes()
     keeper.cosigned(1, *signers)
     found = Findings(Shelf(keeper.documents))
-    rounds = [RoundFacts(number=1, how="void", charged=(), stood=(), accepted=first)]
+    rounds = [RoundFacts(number=1, how="void", charged=(), stood=(), accepted=first)] if opened else []
 
     def fetch(path):
         return shown if path == "checkpoint" else keeper.fetch(path)
@@ -198,6 +199,7 @@ def test_heads_are_held_to_the_version_of_their_round():
     first = parse(contract_bytes(4))
     rotated = parse(contract_bytes(4, sign_keys=[public(1), public(22), public(3), public(4)], version=2, previous="ab" * 32))
     assert heads_of(first, rotated, 1, 2, 3, 4) == set()
+    assert heads_of(first, rotated, 1, 2, 3, 4, opened=False) == set(), "the last head before the new version's first round"
     smaller = parse(contract_bytes(3, version=2, previous="ab" * 32))
     assert heads_of(first, smaller, 1, 2, 3, 4) == set()
     assert heads_of(first, smaller, 1, 2, 3) == {("head", 0)}, "three of four are no quorum, whatever a later version says"
@@ -309,3 +311,36 @@ def test_every_epsilon_of_a_silo_is_held_to_what_was_spent():
         assert len(failing(guarantee={"adversaries": changed})) == 3
     with pytest.raises(TrustError):
         audit_budget._check_figure(10**400, "insiders", 1.0)
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_is_shown_after_a_kill_before_it_was(tmp_path, monkeypatch):
+    """Until the quorum stood, the tiles showed the head before it, and every verification of an honest home failed."""
+    place = Place(tmp_path)
+    place.put(3)
+    place.journal.checkpoint(1)
+    place.put(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_show", lambda self, note: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            place.journal.checkpoint(2)
+    head = place.opened().journal.checkpoint(2)
+    shown = tmp_path / "log/checkpoint"
+    assert notes.checkpoint(notes.parse(shown.read_bytes()).text) == head
+    place.cosign(2, 1, 2, 3)
+    place.journal.head(2)
+    cosigned = shown.read_bytes()
+    place.opened().journal.checkpoint(2)
+    assert shown.read_bytes() == cosigned, "no signature is lost by showing it again"
+
+
+def test_a_sparse_file_on_a_shared_board_is_not_read(tmp_path, monkeypatch):
+    name = f"00000000-contract-1-0-{'00' * 32}"
+    (tmp_path / "board/00000").mkdir(parents=True)
+    with (tmp_path / "board/00000" / name).open("wb") as stream:
+        stream.truncate(1 << 40)
+    monkeypatch.setattr(folder, "_chunks", lambda *_: pytest.fail("a file of a tebibyte was opened"))
+    assert FolderTransport(tmp_path, patience_s=0.1).get("contract", 1, AGGREGATOR, wait_s=0) is None
+    assert not folder.is_whole(tmp_path, "board", "00000", name, digest=bytes(32), most=1 << 20)

@@ -9,13 +9,14 @@ import hashlib
 import logging
 
 import httpx2
+import msgspec
 import pytest
 
-from privacy import epoch, federation, keys, log, notes, shares
+from privacy import choice, epoch, federation, keys, log, notes, shares
 from privacy.envelope import sign
-from privacy.errors import TrustError
+from privacy.errors import ConfigError, TrustError
 from privacy.federation import GUARDIANS_FROM
-from privacy.messages import AGGREGATOR, Manifest, PairSeeds, Roster, encode
+from privacy.messages import AGGREGATOR, Listing, Manifest, PairSeeds, Roster, encode
 from privacy.notes import Checkpoint
 from silo.guardian import Guardian
 from silo.guardian_round import Epoch as Working
@@ -25,7 +26,8 @@ from silo.transport import MOST_BYTES, HttpTransport
 from tests.sharing import share_terms
 from tests.terms import contract_bytes, public, seed
 from tests.test_epoch import make_party
-from tests.test_guardian import FIVE, works
+from tests.test_guardian import FIVE, OTHER, works
+from tests.test_guardian import SHARES as OF_NOTARIES
 from tests.test_share_mode import FOUR
 from tests.test_share_mode import SHARES as OF_SILOS
 from tests.whole import Whole, together
@@ -151,6 +153,67 @@ def test_a_silo_left_out_of_an_epoch_comes_back_though_its_note_was_early(tmp_pa
 
     whole.run_hurried(3, *(functools.partial(lives, silo) for silo in FOUR))
     assert settled[4][-1].stood == 4, [each.stood for each in settled[4]]
+
+
+@pytest.mark.parametrize(("dropouts", "colluders", "why"), [(2, 1, "silos that are guardians drop out"), (1, 2, "collude as both")])
+def test_a_guardian_of_a_silos_organisation_is_one_party_with_it_whatever_its_keys(dropouts, colluders, why):
+    """T below t_c, or t_d above what guardians can spare: with a second pair of keys in the same house it was accepted."""
+    apart = share_terms(6, 5, corrupt=1, dropouts=dropouts, privacy={"colluders": colluders})
+    federation.parse(apart)
+    with pytest.raises(ConfigError, match=why):
+        federation.parse(apart.replace(b'"Notary 2"', b'"Hospital 2"'))
+
+
+@pytest.mark.parametrize("spoilt", ["seeds", "tags"])
+def test_a_silo_that_spoils_an_epochs_set_up_ends_nobodys_process(tmp_path, monkeypatch, spoilt):
+    """Silo 5 spoils what it shares with silo 1. Nobody can tell who of the two lies; the other silos go on, and silo 1 waits."""
+    whole = Whole.create(tmp_path / "federation", silos=FIVE, notaries=5, sum=OF_NOTARIES)
+    for each in FIVE:
+        Home(whole.root / f"notary-{each}").keep_contract(1, whole.store.get("contract", 1, AGGREGATOR))
+    seal, confirm = epoch.seal_seeds, epoch.confirmation
+
+    def seal_seeds(secrets, notes, **given):
+        made = seal(secrets, notes, **given)
+        turned = tuple((j, sealed[::-1] if (spoilt, secrets.silo, j) == ("seeds", 5, 1) else sealed) for j, sealed in made.sealed)
+        return msgspec.structs.replace(made, sealed=turned)
+
+    def confirmation(secrets, pairs):
+        bent = {j: b"x" * 32 if (spoilt, secrets.silo, j) == ("tags", 5, 1) else secret for j, secret in pairs.items()}
+        return confirm(secrets, bent)
+
+    monkeypatch.setattr(epoch, "seal_seeds", seal_seeds)
+    monkeypatch.setattr(epoch, "confirmation", confirmation)
+    settled = {}
+
+    def lives(silo):
+        settled[silo] = whole.take_part(silo, 1)
+
+    jobs = [functools.partial(lives, silo) for silo in FIVE] + [functools.partial(works, whole, each, 1) for each in FIVE]
+    closed = whole.run_hurried(1, *jobs, silent=2)
+    assert [c.kind for c in closed] == ["result"]
+    assert {settled[silo][-1].stood > 0 for silo in (2, 3, 4)} == {True}
+    assert settled[1][-1].stood == 0
+    assert settled[1][-1].state.digest == closed[-1].state
+
+
+def test_many_different_lists_of_a_large_federation_give_a_large_set_at_once():
+    """Guardians are dropped with all who hold the same list: one by one no silo came back, and 200 took 25 s a look."""
+    terms = federation.parse(share_terms(30, 30, corrupt=9, dropouts=9, privacy={"units": 50})).terms
+    every = [(silo, bytes([silo]) * 32) for silo in range(1, 31)]
+    lists = {}
+    for at, guardian in enumerate(terms.guardian):
+        seen = tuple(each for each in every if each[0] != at % 13 + 1)
+        lists[guardian.id] = (b"", Listing(round_ctx=OTHER, guardian=guardian.id, headers=seen, disputes=()))
+    asked = []
+
+    def outcome(guardians):
+        asked.append(guardians)
+        return choice.select([], choice.agreed([lists[each][1] for each in guardians]), terms)
+
+    (chosen,) = choice._candidates(lists, terms.quorum, outcome)
+    assert len(chosen) == len(set(chosen)) == terms.quorum == 20
+    assert len(outcome(chosen)) == 22
+    assert len(asked) < 100
 
 
 class Documents(dict):
