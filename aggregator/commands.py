@@ -32,7 +32,9 @@ from privacy.errors import ConfigError
 from privacy.federation import Accepted, Model
 from privacy.messages import AGGREGATOR
 
-_SILO_KINDS = ("upload", "consent", "release", "acknowledgement")
+_SENT_IN_A_ROUND = (
+    "cosignature", "upload", "list", "consent", "endorsement", "release", "shares", "close", "acknowledgement",
+)  # fmt: skip
 _SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec")
 
 
@@ -307,7 +309,7 @@ def _still_open(at: Opened) -> tuple[int, ...]:
 
 
 def _bytes_in(at: Opened, number: int) -> int:
-    entries = (at.store.entry(kind, number, silo) for kind in _SILO_KINDS for silo in at.store.parties(kind, number))
+    entries = (at.store.entry(kind, number, silo) for kind in _SENT_IN_A_ROUND for silo in at.store.parties(kind, number))
     return sum(entry.size for entry in entries if entry is not None)
 
 

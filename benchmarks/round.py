@@ -31,6 +31,7 @@ import torch
 import transformers
 
 import silo.round
+import silo.witness
 from aggregator import commands as hub
 from aggregator import dealing, rounds, simulate
 from aggregator.desk import Desk
@@ -54,8 +55,11 @@ PACKAGES = ("torch", "transformers", "numpy", "cryptography")
 WHEN = {
     "joining": ("contract", "countersignature"),
     "an epoch": ("epoch", "epoch-note", "roster", "pair-seeds", "confirmation"),
-    "a round": ("manifest", "upload", "freeze", "consent", "certificate", "release", "outcome", "acknowledgement"),
-}
+    "a round": (
+        "checkpoint", "cosignature", "head", "manifest", "upload", "freeze", "consent", "certificate", "release", "outcome",
+        "acknowledgement",
+    ),
+}  # fmt: skip
 
 Costs = Mapping[str, Cost]
 
@@ -176,8 +180,8 @@ def run(settings: simulate.Settings, *, counted: int, every: int) -> Measured:
 def _seams(watch: Watch) -> list[Any]:
     named = [
         (training.Contribution, "__call__", SAMPLE), (training, "to_lattice", CLIP), (training, "sum_lattice", CLIP),
-        (silo.round, "noisy", NOISE), (silo.round, "masked", MASK), (silo.round, "verified_total", SUM),
-        (silo.round, "next_state", UPDATE), (Gate, "admit", LEDGER), (Gate, "settle", LEDGER), (Account, "spent", ACCOUNTING),
+        (silo.round, "noisy", NOISE), (silo.round, "masked", MASK), (silo.witness, "verified_total", SUM),
+        (silo.witness, "next_state", UPDATE), (Gate, "admit", LEDGER), (Gate, "settle", LEDGER), (Account, "spent", ACCOUNTING),
         (guardian_sum, "unmask", SUM), (guardian_sum, "open_upload", SUM), (rounds, "result", UPDATE),
     ]  # fmt: skip
     special = [

@@ -182,7 +182,7 @@ def guarded(whole: Whole, last: int, *jobs, hurried: bool = False) -> None:
             over.set()
 
     guardians = [functools.partial(stand, number) for number in range(1, 6)]
-    wait = [functools.partial(whole.hurry, over.is_set, stalled_s=4.0)] if hurried else []
+    wait = [functools.partial(whole.hurry, over.is_set, silent=2, stalled_s=4.0)] if hurried else []
     together(coordinate, *jobs, *guardians, *wait)
 
 

@@ -73,10 +73,13 @@ def test_a_round_is_parted_into_phases_of_every_party(federation):
     assert 0 < found.not_the_model < 1
 
 
+SENT = ("cosignature", "upload", "consent", "release", "acknowledgement")
+
+
 def test_its_bytes_are_those_of_the_report(federation):
     found, settings = federation
     with round.hub.opened(settings.home / "aggregator") as at:
-        entries = {kind: at.store.entry(kind, 2, 1).size for kind in ("upload", "consent", "release", "acknowledgement")}
+        entries = {kind: at.store.entry(kind, 2, 1).size for kind in SENT}
         outcome = at.store.entry("outcome", 2, 0).size
     assert {kind: found.bytes(kind)[0] for kind in entries} == entries
     assert found.bytes("outcome") == (0, outcome)
