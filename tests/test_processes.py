@@ -82,7 +82,7 @@ def test_the_simulated_folder_is_what_was_promised(simulated):
 def test_private_keys_end_in_key_are_private_and_stand_nowhere_else(simulated):
     done, home = simulated
     seeds = sessions.private_seeds(home)
-    assert len(seeds) == 2 + 3 * 3  # the aggregator signs and receives; a silo signs, and has two local secrets
+    assert len(seeds) == 3 + 3 * 4  # the aggregator signs twice and receives; a silo signs twice, and has two local secrets
     for path in home.rglob("*"):
         if path.is_file() and path.suffix == ".key":
             assert path.stat().st_mode & 0o777 == 0o600, path
@@ -95,7 +95,7 @@ def test_upload_bytes_are_those_that_the_store_holds(simulated):
     done, home = simulated
     sent = 0
     with hub_commands.opened(home / "aggregator") as at:
-        for kind in ("upload", "consent", "release", "acknowledgement"):
+        for kind in ("cosignature", "upload", "consent", "release", "acknowledgement"):
             for number in (1, 2, 3):
                 assert at.store.parties(kind, number) == (1, 2, 3)
                 sent += sum(len(at.store.get(kind, number, silo)) for silo in (1, 2, 3))
