@@ -22,7 +22,7 @@ from privacy.federation import Accepted, Member
 from privacy.ledger import Ledger, is_begun
 from silo import config, keyring, membership, reading, succession
 from silo.catching_up import catch_up
-from silo.folder import FolderTransport
+from silo.folder import transporting
 from silo.home import Home
 from silo.participation import participate
 from silo.reading import limits, opened, plan
@@ -30,7 +30,7 @@ from silo.round import Parts, Settled
 from silo.session import Superseded
 from silo.settlement import load_progress
 from silo.succession import Fetched
-from silo.transport import HttpTransport, Transport
+from silo.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def joining(root: Path, fingerprint: str, *, folder: Path | None = None) -> Iter
         raise ConfigError(
             "the aggregator's fingerprint is not known", hint="ask the coordinator, give it with --fingerprint", code="fingerprint"
         )
-    with home.locked(), transporting(settings, folder) as transport:
+    with home.locked(), transporting(settings.aggregator, folder) as transport:
         fetched = membership.fetch(transport, expected, home=home)
         yield Visit(
             home=home,
@@ -250,7 +250,7 @@ def training(root: Path, *, folder: Path | None = None) -> Iterator[Session]:
     membership.joined(home, now=datetime.now(UTC))  # before anything is locked or fetched
     with (
         home.locked(),
-        transporting(settings, folder) as transport,
+        transporting(settings.aggregator, folder) as transport,
         contextlib.closing(Session(home, settings, transport)) as session,
     ):
         yield session
@@ -292,20 +292,6 @@ def dry_run(root: Path) -> dict[str, Any]:
         "device": found.device,
         "precision": found.precision,
     }
-
-
-@contextlib.contextmanager
-def transporting(settings: config.Config, folder: Path | None = None) -> Iterator[HttpTransport | FolderTransport]:
-    """The way to the aggregator: ``folder`` when it is given, else what ``silo.toml`` says."""
-    at = settings.aggregator
-    if folder is not None or at.folder:
-        transport: HttpTransport | FolderTransport = FolderTransport(folder or Path(at.folder))
-    else:
-        transport = HttpTransport(at.url, insecure_http=at.insecure_http)
-    try:
-        yield transport
-    finally:
-        transport.close()
 
 
 @contextlib.contextmanager

@@ -130,18 +130,18 @@ def write_commented(
     """
     how = compute or Compute()
     text = _TEMPLATE.format(
-        name=_quote(name),
-        organisation=_quote(organisation),
-        where="\n".join([f"url = {_quote(url)}"] * bool(url) + [f"folder = {_quote(folder)}"] * bool(folder)),
-        fingerprint=_quote(fingerprint),
-        records=_quote(records),
+        name=quote(name),
+        organisation=quote(organisation),
+        where="\n".join([f"url = {quote(url)}"] * bool(url) + [f"folder = {quote(folder)}"] * bool(folder)),
+        fingerprint=quote(fingerprint),
+        records=quote(records),
         epsilon=repr(float(epsilon)),
         delta=repr(float(delta)),
-        device=_quote(how.device),
-        precision=_quote(how.precision),
+        device=quote(how.device),
+        precision=quote(how.precision),
         rows_tokens=how.rows_tokens,
         threads=how.threads,
-        model=_quote(model),
+        model=quote(model),
     )
     try:
         msgspec.toml.decode(text, type=Config)
@@ -183,7 +183,7 @@ path = {model}
 """
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """A TOML basic string."""
     return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
 

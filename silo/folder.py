@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -28,7 +28,8 @@ from privacy.errors import Equivocation, MachineError, Replay, RoundError, Siloq
 from privacy.folder import Posted, Sent
 from privacy.log import MOST_RESOURCE_BYTES, UNLOGGED, WIDTH, Leaf, is_resource, unbundle
 from privacy.messages import AGGREGATOR, Kind, decode
-from silo.transport import MOST_BYTES, MOST_BYTES_OUTCOME, refusal
+from silo.config import Aggregator
+from silo.transport import MOST_BYTES, MOST_BYTES_OUTCOME, HttpTransport, refusal
 
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.25
@@ -219,6 +220,19 @@ class FolderTransport:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, folder.TooLong):  # half copied
             return None
         return refusal(409, cast(bytes, body)) if stated else None
+
+
+@contextlib.contextmanager
+def transporting(at: Aggregator, given: Path | None = None) -> Iterator[HttpTransport | FolderTransport]:
+    """The way to the aggregator: the folder that was given, else what the configuration says."""
+    if given is not None or at.folder:
+        transport: HttpTransport | FolderTransport = FolderTransport(given or Path(at.folder))
+    else:
+        transport = HttpTransport(at.url, insecure_http=at.insecure_http)
+    try:
+        yield transport
+    finally:
+        transport.close()
 
 
 def _most(kind: str) -> int:

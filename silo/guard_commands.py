@@ -31,12 +31,12 @@ from privacy.envelope import open_contract
 from privacy.errors import ConfigError, TrustError
 from privacy.federation import Accepted, Guardian, Name
 from silo import config, membership, restoring, succession
-from silo.folder import FolderTransport
+from silo.folder import transporting
 from silo.guardian import Guardian as Working
 from silo.guardian import party_of
 from silo.guarding import work
 from silo.home import Home
-from silo.transport import HttpTransport, Transport
+from silo.transport import Transport
 from silo.watch import Watch, refuse_after_equivocation
 
 FILE = "guard.toml"
@@ -79,11 +79,11 @@ def create(root: Path, *, name: str, organisation: str, url: str = "", folder: P
     """
     if (root / config.FILE).exists():
         raise ConfigError(f"{root} is a silo", hint="a silo that is a guardian needs no other home", code="home-exists")
-    where = f"url = {_quote(url)}" if url else f"folder = {_quote(str((folder or Path()).absolute()))}"
+    where = f"url = {config.quote(url)}" if url else f"folder = {config.quote(str((folder or Path()).absolute()))}"
     text = (
         "# A guardian: it keeps shares of what unmasks a sum. The terms stand in the contract.\n"
-        f"name = {_quote(name)}\norganisation = {_quote(organisation)}\n\n[aggregator]\n{where}\n"
-        f"# The aggregator's fingerprint, compared over another channel.\nfingerprint = {_quote(fingerprint)}\n"
+        f"name = {config.quote(name)}\norganisation = {config.quote(organisation)}\n\n[aggregator]\n{where}\n"
+        f"# The aggregator's fingerprint, compared over another channel.\nfingerprint = {config.quote(fingerprint)}\n"
     )
     _decoded(text.encode(), root / FILE)
     home = Home.create(root)
@@ -109,7 +109,7 @@ def joining(root: Path, fingerprint: str, *, folder: Path | None = None) -> Iter
         raise ConfigError(
             "the aggregator's fingerprint is not known", hint="ask the coordinator, give it with --fingerprint", code="fingerprint"
         )
-    with home.locked(), _transporting(at, folder) as transport:
+    with home.locked(), transporting(at, folder) as transport:
         fetched = membership.fetch(transport, expected, home=home)
         party = _party(home, fetched.newest)
         words = membership.terms_in_words(fetched.newest)
@@ -126,7 +126,7 @@ def run(root: Path, *, rounds: int | None, folder: Path | None = None, told: Cal
     """
     home, at = Home(root), _aggregator(root)
     refuse_after_equivocation(home)
-    with home.locked(), _transporting(at, folder) as transport:
+    with home.locked(), transporting(at, folder) as transport:
         accepted = _joined(home)
         membership.check_expiry(accepted, datetime.now(UTC))
         membership.verify_all_countersigned(transport, accepted, home=home, wait_s=accepted.terms.sum.deadline_s)
@@ -155,7 +155,7 @@ def restore(root: Path, *, folder: Path | None = None) -> int:
         SiloquyError: as silo.restoring.restored_guardian.
     """
     home, at = Home(root), _aggregator(root)
-    with home.locked(), _transporting(at, folder) as transport:
+    with home.locked(), transporting(at, folder) as transport:
         accepted = _joined(home)
         return restoring.restored_guardian(home, transport, accepted, keys.load(home.identity_path))
 
@@ -188,21 +188,5 @@ def _aggregator(root: Path) -> config.Aggregator:
 def _decoded(raw: bytes, path: Path) -> Config:
     try:
         return msgspec.toml.decode(raw, type=Config)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: {error}", hint="mend that line", code="config", path=str(path)) from error
-
-
-@contextlib.contextmanager
-def _transporting(at: config.Aggregator, folder: Path | None) -> Iterator[Transport]:
-    if folder is not None or at.folder:
-        transport: HttpTransport | FolderTransport = FolderTransport(folder or Path(at.folder))
-    else:
-        transport = HttpTransport(at.url, insecure_http=at.insecure_http)
-    try:
-        yield transport
-    finally:
-        transport.close()
-
-
-def _quote(text: str) -> str:
-    return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")

@@ -39,7 +39,7 @@ from privacy.ledger import History, Ledger
 from privacy.log import Leaf, Tiles
 from privacy.messages import AGGREGATOR, Header, Kind, Manifest, Outcome, Signed, Upload, decode
 from silo import keyring, reading, session, succession
-from silo.commands import transporting
+from silo.folder import transporting
 from silo.home import Home, remove_folder
 from silo.session import Epoch
 from silo.transport import Transport
@@ -88,7 +88,7 @@ def restore(root: Path, *, ledgers: Sequence[Path] = (), folder: Path | None = N
         MachineError: the disk or the way to the board; the same command goes on where it stopped.
     """
     home, settings = reading.opened(root)
-    with home.locked(), transporting(settings, folder) as transport:
+    with home.locked(), transporting(settings.aggregator, folder) as transport:
         facts = restored(home, transport, ledgers=ledgers)
     budget = reading.budget(root, 0)
     return {**facts, **{name: budget[name] for name in ("epsilon", "delta", "limit", "rounds_left")}}
