@@ -17,13 +17,14 @@ import hashlib
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from aggregator import rounds, versions
+from aggregator import rounds, sizes, versions
 from aggregator.rounds import Round
+from aggregator.sizes import cap, not_yours
 from aggregator.versions import Documents
-from privacy import chain, envelope, freeze, guardian_sum, keys, log, shares, signatures
+from privacy import chain, envelope
 from privacy.errors import Replay, RoundError, TrustError
 from privacy.federation import Accepted, Guardian, Member
-from privacy.guardian_sum import Frozen
+from privacy.identity import keys
 from privacy.messages import (
     AGGREGATOR,
     AGGREGATOR_KINDS,
@@ -42,41 +43,11 @@ from privacy.messages import (
     Upload,
     decode,
 )
+from privacy.secure_sum import freeze, guardian_sum, shares
+from privacy.secure_sum.guardian_sum import Frozen
+from privacy.transparency import log
 
-SIGNED_BYTES: Final = 256
-"""More than a Signed adds to its body; for an upload, more than Signed and Upload add to the header and what is sealed."""
-_SEED_BYTES: Final = 32 + envelope.OVERHEAD_BYTES
 M = TypeVar("M", Consent, Release)
-
-
-def cap(kind: Kind, accepted: Accepted) -> int:
-    """The most bytes a member's document of this kind may have.
-
-    Raises:
-        TrustError: only the coordinator writes this kind.
-    """
-    if kind in AGGREGATOR_KINDS:
-        raise _not_yours(kind)
-    peers, d = accepted.terms.silos - 1, accepted.terms.dimension
-    guardians, silos = len(accepted.terms.guardian), accepted.terms.silos
-    header = SIGNED_BYTES + 256 + 48 * peers + 80 * guardians
-    bundles = guardians * (16 + shares.bundle_bytes(silos)) if guardians else 0
-    bodies = {
-        "countersignature": 64, "epoch-note": 1536, "pair-seeds": 64 + (_SEED_BYTES + 16) * peers, "confirmation": 64 + 48 * peers,
-        "upload": header + 4 * d + envelope.OVERHEAD_BYTES + bundles,
-        "consent": 128, "release": 128 + _SEED_BYTES, "acknowledgement": 192,
-        "cosignature": 1024,
-        "guardian-note": 1536, "list": 128 + 64 * silos, "endorsement": 128, "close": 128,
-        "shares": 128 + _most_release_bytes(silos),
-    }  # fmt: skip
-    signature = signatures.signature_bytes(accepted.terms.signatures) - signatures.CURVE_SIGNATURE_BYTES
-    return SIGNED_BYTES + bodies[kind] + (2 if kind in ("upload", "countersignature") else 1) * signature
-
-
-def _most_release_bytes(silos: int) -> int:
-    """More than any guardian's shares in a round take: a share and its inclusion proof for each place, at most (n+1)²/4 of them."""
-    places, proof = (silos + 1) ** 2 // 4 + 1, 32 * (1 + silos.bit_length())
-    return places * (proof + 64) + envelope.OVERHEAD_BYTES
 
 
 def published(view: Documents) -> Accepted:
@@ -96,7 +67,7 @@ def admit(kind: Kind, number: int, party: int, data: bytes, view: Documents) -> 
         RoundError: the step before it does not stand yet.
     """
     if kind in AGGREGATOR_KINDS or party == AGGREGATOR:
-        raise _not_yours(kind)
+        raise not_yours(kind)
     accepted = versions.governing(view, kind, number) or published(view)
     if len(data) > cap(kind, accepted):
         raise TrustError(
@@ -153,7 +124,7 @@ def _pair_seeds(number: int, member: Member, data: bytes, view: Documents, accep
     stated = envelope.open_member(data, PairSeeds, type="pair-seeds", context=context, member=member)
     _expect("pair seeds", member, "epoch", stated.epoch, number)
     _expect("pair seeds", member, "peers", [peer for peer, _ in stated.sealed], _peers(silos, member))
-    _expect("pair seeds", member, "sizes", {len(sealed) for _, sealed in stated.sealed}, {_SEED_BYTES})
+    _expect("pair seeds", member, "sizes", {len(sealed) for _, sealed in stated.sealed}, {sizes.SEED_BYTES})
 
 
 def _confirmation(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
@@ -215,7 +186,7 @@ def _release(number: int, member: Member, data: bytes, view: Documents, accepted
     if body is None:
         raise _too_early(f"a release of silo {member.id} before the certificate of round {number}")
     stated = _check_set(data, Release, "release", member, opened, decode(body, Certificate).frozen)
-    _expect("release", member, "sealed size", len(stated.sealed), _SEED_BYTES)
+    _expect("release", member, "sealed size", len(stated.sealed), sizes.SEED_BYTES)
 
 
 def _acknowledgement(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
@@ -368,10 +339,6 @@ def _guardian(accepted: Accepted, party: int) -> Guardian:
 def _no_such_step(kind: Kind, accepted: Accepted) -> TrustError:
     mode = accepted.terms.sum.protocol
     return TrustError(f"there is no {kind} with protocol = {mode!r}", hint="read the contract again", code="wrong-type")
-
-
-def _not_yours(kind: Kind) -> TrustError:
-    return TrustError(f"a {kind} is not taken over this door", hint="only the coordinator writes it", code="not-yours")
 
 
 def _peers(silos: tuple[int, ...], member: Member) -> list[int]:

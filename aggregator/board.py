@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from aggregator import versions
-from aggregator.admission import cap, published
+from aggregator.admission import published
+from aggregator.sizes import cap
 from aggregator.store import Store
 from aggregator.versions import Documents
 from privacy.errors import TrustError

@@ -20,16 +20,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from aggregator import admission, compliance, enrolment, report, revision, rounds, versions
+from aggregator import admission, enrolment, revision, rounds, versions
 from aggregator.board import Board
 from aggregator.config import Home
 from aggregator.coordinator import Coordinator, coordinating
 from aggregator.desk import Event
 from aggregator.draft import Terms
+from aggregator.reporting import compliance, report
 from aggregator.store import Store
-from privacy import base_model, keys
+from privacy import base_model
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Model
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR
 
 _SENT_IN_A_ROUND = (

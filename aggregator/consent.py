@@ -10,9 +10,9 @@ from __future__ import annotations
 from aggregator import rounds
 from aggregator.desk import Desk, Vectors
 from aggregator.rounds import Round
-from privacy import guardian_sum
-from privacy.guardian_sum import Certified, Frozen
 from privacy.messages import AGGREGATOR, Outcome
+from privacy.secure_sum import guardian_sum
+from privacy.secure_sum.guardian_sum import Certified, Frozen
 from privacy.update_rule import State
 
 

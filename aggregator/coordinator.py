@@ -25,12 +25,14 @@ from aggregator.epochs import Epochs
 from aggregator.journal import ROLLED_BACK, Journal
 from aggregator.rounds import Epoch, Round
 from aggregator.store import DAMAGED, Store
-from privacy import guardian_sum, log, update_rule
+from privacy import update_rule
 from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
 from privacy.federation import Accepted, Contract
-from privacy.keys import Identity
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Outcome
-from privacy.notes import Checkpoint
+from privacy.secure_sum import guardian_sum
+from privacy.transparency import log
+from privacy.transparency.notes import Checkpoint
 from privacy.update_rule import State
 
 
@@ -99,7 +101,7 @@ class Coordinator:
 
         Raises:
             RoundError: a member is missing at the deadline; it is named.
-            TrustError: the new epoch is refused (privacy.epoch); calling again starts another.
+            TrustError: the new epoch is refused (privacy.secure_sum.epoch); calling again starts another.
         """
         if self.next_round > 1:
             self._journal.checkpoint(self.next_round)  # log: checks the table; makes the head if a killed run did not
@@ -119,7 +121,7 @@ class Coordinator:
 
         Raises:
             RoundError: a round is open; or a member is missing at the deadline.
-            TrustError: the epoch is refused (privacy.epoch).
+            TrustError: the epoch is refused (privacy.secure_sum.epoch).
         """
         if self._is_open():
             latest = self._store.latest("manifest")

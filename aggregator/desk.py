@@ -14,12 +14,12 @@ from typing import Final
 from aggregator import rounds
 from aggregator.rounds import Round, Words
 from aggregator.store import Store
-from privacy import guardian_sum
 from privacy.envelope import open_signed, sign
 from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted
-from privacy.keys import Identity
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Header, Kind, Outcome, Signed, Upload, Wire, decode, encode
+from privacy.secure_sum import guardian_sum
 
 POLL_S: Final = 0.02
 _REPORT_S: Final = 1.0

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from aggregator import defaults
-from privacy import keys
 from privacy.errors import ConfigError
 from privacy.federation import Member, Model
-from privacy.keys import ED25519, PublicIdentity
+from privacy.identity import keys
+from privacy.identity.keys import ED25519, PublicIdentity
 
 CALIBRATE: Final = "calibrate"
 AUTO: Final = "auto"

@@ -23,12 +23,13 @@ from aggregator import guardians, versions
 from aggregator.config import Config, Database, Home, Listen
 from aggregator.draft import AUTO, CALIBRATE, Terms, draft, entry
 from aggregator.store import Store
-from privacy import chain, federation, files, keys
+from privacy import chain, federation, files
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.envelope import sign
 from privacy.errors import BudgetExhausted, ConfigError
 from privacy.federation import GUARDIANS_FROM, Accepted, Contract, Guardian, Member, Signer
-from privacy.keys import Identity, PublicIdentity, PublicMember
-from privacy.mechanism import LatticeGaussian
+from privacy.identity import keys
+from privacy.identity.keys import Identity, PublicIdentity, PublicMember
 from privacy.messages import AGGREGATOR
 
 
@@ -239,7 +240,7 @@ def check_plan(terms: Contract) -> float:
         BudgetExhausted: it is more.
         NotCertified: no bound exists for these terms.
     """
-    from privacy import accounting
+    from privacy.dp import accounting
 
     spent = accounting.certify([federation.mechanism(terms)], terms.privacy.delta).epsilon
     if spent > terms.privacy.epsilon:
@@ -262,7 +263,7 @@ def _check_expiry(expires: str, now: float) -> None:
 
 
 def _calibrated(terms: Contract, bits: int | None) -> float:
-    from privacy import accounting
+    from privacy.dp import accounting
 
     def made(sigma: float) -> LatticeGaussian:
         plan = federation.ring_plan_at(terms, noise_multiplier=sigma, lattice_bits=bits)

@@ -16,8 +16,8 @@ import logging
 from aggregator import rounds
 from aggregator.desk import Desk
 from aggregator.rounds import Epoch
-from privacy import choice, epoch
 from privacy.errors import RoundError, TrustError
+from privacy.secure_sum import choice, epoch
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Epochs:
 
         Raises:
             RoundError: too few parties are there at the deadline; who is missing is named.
-            TrustError: it is refused (privacy.epoch).
+            TrustError: it is refused (privacy.secure_sum.epoch).
         """
         without: frozenset[int] = frozenset()
         while True:

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator
 
 from aggregator.draft import AUTO, quote
-from privacy import keys
 from privacy.errors import ConfigError
 from privacy.federation import GUARDIANS_FROM, Contract, Guardian, Member
-from privacy.keys import PublicMember
+from privacy.identity import keys
+from privacy.identity.keys import PublicMember
 
 _OPEN = rf'(?m)^(corrupt_guardians[ \t]*=[ \t]*)"{AUTO}"'
 

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Final
 
 from aggregator.store import Store
-from privacy import files, log, notes
+from privacy import files
 from privacy.errors import Equivocation, TrustError
 from privacy.federation import Contract
-from privacy.keys import Identity
-from privacy.log import WIDTH
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, encode
-from privacy.notes import Checkpoint, Note
-from privacy.proofs import EMPTY_ROOT
-from privacy.tree import Tree
+from privacy.transparency import log, notes
+from privacy.transparency.log import WIDTH
+from privacy.transparency.notes import Checkpoint, Note
+from privacy.transparency.proofs import EMPTY_ROOT
+from privacy.transparency.tree import Tree
 
 ROLLED_BACK: Final = "log-rolled-back"
 _AT_ONCE: Final = 4096

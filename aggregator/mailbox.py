@@ -28,11 +28,12 @@ import msgspec
 from aggregator.board import Board
 from aggregator.config import Home
 from aggregator.store import DAMAGED, Store
-from privacy import files, folder, notes
+from privacy import files, folder
 from privacy.errors import MachineError, RoundError, SiloquyError, TrustError
 from privacy.folder import Posted, Sent
-from privacy.log import MOST_RESOURCE_BYTES, UNLOGGED, is_resource
 from privacy.messages import KINDS, Kind
+from privacy.transparency import notes
+from privacy.transparency.log import MOST_RESOURCE_BYTES, UNLOGGED, is_resource
 
 FILE: Final = "mailbox.json"
 POLL_S: Final = 0.05

@@ -16,10 +16,11 @@ from aggregator.config import Home
 from aggregator.draft import AUTO, CALIBRATE, entries, entry, quote
 from aggregator.enrolment import open_draft, raw_terms, read_draft, stated
 from aggregator.store import Store
-from privacy import federation, files, keys
+from privacy import federation, files
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, Member
-from privacy.keys import Identity
+from privacy.identity import keys
+from privacy.identity.keys import Identity
 
 _CALIBRATED: Final = 1e-3
 """A plan that costs nearly all of its epsilon was calibrated; one with spare epsilon had its noise stated."""
@@ -117,7 +118,7 @@ def _set(text: str, key: str, value: str) -> str:
 
 
 def _was_calibrated(terms: Contract) -> bool:
-    from privacy import accounting
+    from privacy.dp import accounting
 
     spent = accounting.certify([federation.mechanism(terms)], terms.privacy.delta).epsilon
     return spent > (1 - _CALIBRATED) * terms.privacy.epsilon

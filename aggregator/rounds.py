@@ -3,7 +3,7 @@
 
 Nothing here touches a disk, a network or a clock; times come in as numbers. Promised: a body is made only when everything
 it rests on was verified against the contract, and the same documents give the same body, so a coordinator that was killed
-writes the same bytes again. Not promised: that a silo is honest; see privacy.guardian_sum for what a set proves.
+writes the same bytes again. Not promised: that a silo is honest; see privacy.secure_sum.guardian_sum for what a set proves.
 
 ``previous`` of a manifest, and ``outcome`` of an acknowledgement, are SHA-256 of the outcome's body; before round 1 it is
 the contract's digest. A result whose sum no honest run reaches, or whose next state would not be finite, moves nothing:
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from aggregator import versions
 from aggregator.versions import Documents
-from privacy import envelope, epoch, federation, guardian_sum, ring, update_rule
+from privacy import envelope, federation, update_rule
+from privacy.dp import ring
 from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member
-from privacy.guardian_sum import Certified, Frozen
 from privacy.messages import (
     AGGREGATOR,
     Acknowledgement,
@@ -42,7 +42,9 @@ from privacy.messages import (
     Wire,
     decode,
 )
-from privacy.notes import Checkpoint
+from privacy.secure_sum import epoch, guardian_sum
+from privacy.secure_sum.guardian_sum import Certified, Frozen
+from privacy.transparency.notes import Checkpoint
 from privacy.update_rule import State
 
 Words = NDArray[np.uint32]
@@ -148,7 +150,7 @@ def roster(accepted: Accepted, number: int, notes: Mapping[int, bytes], guardian
 
     Raises:
         RoundError: a note that is needed is missing.
-        TrustError: privacy.epoch.check_roster refuses it; the message names the silos.
+        TrustError: privacy.secure_sum.epoch.check_roster refuses it; the message names the silos.
     """
     terms, given = accepted.terms, guardians or {}
     if terms.shared and len(notes) >= terms.fewest:
@@ -181,7 +183,7 @@ def freeze(accepted: Accepted, opened: Round, headers: Mapping[int, bytes]) -> t
 
     Raises:
         RoundError: a member's header is missing.
-        TrustError: privacy.guardian_sum.check_freeze refuses the set; the message names the silos.
+        TrustError: privacy.secure_sum.guardian_sum.check_freeze refuses the set; the message names the silos.
     """
     made = Freeze(round_ctx=opened.ctx, headers=_by_party(opened.silos, headers, "upload"))
     frozen = guardian_sum.check_freeze(made, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx, own_header=None)

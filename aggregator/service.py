@@ -41,9 +41,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from aggregator.board import Board
-from privacy import files, log
+from privacy import files
 from privacy.errors import Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.messages import KINDS, Kind
+from privacy.transparency import log
 
 LONGEST_WAIT_S: Final = 30.0
 POLL_S: Final = 0.025

@@ -18,11 +18,11 @@ from typing import Final, TypeVar
 from aggregator import rounds
 from aggregator.desk import Desk, Vectors
 from aggregator.rounds import Round
-from privacy import freeze, guardian_sum, shares
 from privacy.errors import RoundError, TrustError
-from privacy.guardian_sum import Certified, Frozen
 from privacy.messages import Certificate, Freeze, Header, Kind, Outcome, Signed, decode
-from privacy.shares import Released, Secrets
+from privacy.secure_sum import freeze, guardian_sum, shares
+from privacy.secure_sum.guardian_sum import Certified, Frozen
+from privacy.secure_sum.shares import Released, Secrets
 from privacy.update_rule import State
 
 TOO_FEW: Final = "too-few-shares"

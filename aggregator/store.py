@@ -5,7 +5,7 @@ Promised: after ``put_once`` returns, the document is on the disk, its bytes bef
 gives exactly the bytes that were put, or says which object is damaged. The service and the coordinator, two processes, use
 one store at the same time. Every document but the log's own gets the next index in the log, in the same transaction as its
 row: without gaps, in the order in which rows become visible, also with two processes. Not promised: that a document is genuine
-(privacy.envelope proves that), nor anything against somebody who rewrites the table and the files together (privacy.log does).
+(privacy.envelope proves that), nor anything against somebody who rewrites the table and the files together (transparency.log does).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any, Final, Literal, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateTable
 
-from privacy import files, log
+from privacy import files
 from privacy.errors import Equivocation, MachineError, TrustError
-from privacy.log import Leaf
+from privacy.transparency import log
+from privacy.transparency.log import Leaf
 
 DAMAGED: Final = "evidence-damaged"
 _BUSY_MS: Final = 10_000

@@ -15,23 +15,25 @@ from typing import Any, Final
 
 from aggregator.config import Home
 from aggregator.store import Row, Store
-from privacy import audit, keys, log, placing
-from privacy.audit import Verdict
-from privacy.audit_log import check_log
+from privacy.audit import placing, whole
+from privacy.audit.check_log import check_log
+from privacy.audit.evidence import Entry, Evidence, read_file
+from privacy.audit.findings import Check, Slot
+from privacy.audit.whole import Verdict
 from privacy.errors import ConfigError
-from privacy.evidence import Entry, Evidence, read_file
-from privacy.findings import Check, Slot
+from privacy.identity import keys
 from privacy.messages import KINDS
+from privacy.transparency import log
 
 _ORDER: Final = {kind: place for place, kind in enumerate(KINDS)}
 
 
 def verify(root: Path, *, rounds: Collection[int] | None = None, report: tuple[bytes, bytes | None] | None = None) -> Verdict:
-    """Check the home in ``root``: table against files and log, then everything that privacy.audit asks.
+    """Check the home in ``root``: table against files and log, then everything that privacy.audit.whole asks.
 
     Raises:
         ConfigError: there is no aggregator there, or it has no table.
-        MachineError, NotCertified: see privacy.audit.
+        MachineError, NotCertified: see privacy.audit.whole.
     """
     home = Home(root)
     entries = list(entries_of(rows_of(home)))
@@ -39,7 +41,7 @@ def verify(root: Path, *, rounds: Collection[int] | None = None, report: tuple[b
     before = [*evidence.integrity(), *_rows_in_order(entries)]
     fetch = placing.reader(home.log_folder)
     also = functools.partial(check_log, fetch=fetch, entries=entries)
-    return audit.audit(evidence, pinned=_fingerprints(home), rounds=rounds, before=before, also=also, report=report)
+    return whole.audit(evidence, pinned=_fingerprints(home), rounds=rounds, before=before, also=also, report=report)
 
 
 def reindex(root: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 
 from aggregator.desk import Desk
 from aggregator.store import Store
-from silo.gradients import PhysicalBatch, Tape
+from silo.learning.gradients import PhysicalBatch, Tape
 from silo.transport import HttpTransport
 
 WAITING, TRANSPORT, REST, ASIDE = "waiting for others", "transport", "documents, disk, rest", "not part of the round"

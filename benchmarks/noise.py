@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.machine import cpu_seconds, described, installed, verdict
-from privacy.noise import discrete_gaussian
+from privacy.dp.noise import discrete_gaussian
 from privacy.prg import Randomness, add_stream
 
 STANDARD_DEVIATIONS = (1, 1 << 17, 1 << 20, 1 << 23)

@@ -33,16 +33,18 @@ import transformers
 import silo.round
 import silo.witness
 from aggregator import commands as hub
-from aggregator import dealing, rounds, simulate
+from aggregator import rounds
 from aggregator.desk import Desk
-from aggregator.processes import Children, children
+from aggregator.simulation import dealing, simulate
+from aggregator.simulation.processes import Children, children
 from aggregator.store import Store
 from benchmarks.clocks import REST, TRANSPORT, WAITING, Cost, Watch, wrapped
 from benchmarks.machine import described, verdict
-from privacy import guardian_sum
-from privacy.budget import Account, Gate
+from privacy.dp.budget import Account, Gate
 from privacy.federation import Contract
-from silo import commands, config, training
+from privacy.secure_sum import guardian_sum
+from silo import commands, config
+from silo.learning import training
 from silo.transport import HttpTransport
 
 GRADIENT, SAMPLE, CLIP = "gradient", "sample, pack, load", "clip, lattice"

@@ -22,12 +22,12 @@ from transformers import AutoModel
 
 from benchmarks.machine import cpu_seconds, described
 from privacy import base_model
-from privacy.lattice import sum_lattice, to_lattice
-from silo import basis
-from silo.classifier import Classifier, Precision
-from silo.gradients import PhysicalBatch, Tape, pack, unit_gradients
-from silo.lora_sb import attach, find_linear
-from silo.tokens import EncodedUnit
+from privacy.dp.lattice import sum_lattice, to_lattice
+from silo.learning import basis
+from silo.learning.classifier import Classifier, Precision
+from silo.learning.gradients import PhysicalBatch, Tape, pack, unit_gradients
+from silo.learning.lora_sb import attach, find_linear
+from silo.learning.tokens import EncodedUnit
 
 RANK, LABELS, HIDDEN = 32, 3, 384
 

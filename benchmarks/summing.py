@@ -19,12 +19,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import envelope, freeze, guardian_sum, keys, shares
-from privacy.epoch import PairChain
+from privacy import envelope
 from privacy.federation import GUARDIANS_FROM, Accepted, Contract, Member
-from privacy.guardian_sum import Certified, Frozen
+from privacy.identity import keys
 from privacy.messages import Certificate, Consent, Freeze, Header, Upload, Wire, decode, encode
-from privacy.shares import Received, Secrets
+from privacy.secure_sum import freeze, guardian_sum, shares
+from privacy.secure_sum.epoch import PairChain
+from privacy.secure_sum.guardian_sum import Certified, Frozen
+from privacy.secure_sum.shares import Received, Secrets
 
 Words = NDArray[np.uint32]
 

@@ -30,18 +30,18 @@ import msgspec
 import numpy as np
 import torch
 
-from aggregator.simulate import Result, Settings, simulate
+from aggregator.simulation.simulate import Result, Settings, simulate
 from benchmarks import machine
 from privacy import federation, update_rule
 from privacy.federation import Contract
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo import evaluation
-from silo.evaluation import Bench
-from silo.gradients import Tape, pack, unit_gradients
-from silo.sampling import poisson
-from silo.tokens import EncodedUnit
-from silo.training import rows_for
+from silo.learning import evaluation
+from silo.learning.evaluation import Bench
+from silo.learning.gradients import Tape, pack, unit_gradients
+from silo.learning.sampling import poisson
+from silo.learning.tokens import EncodedUnit
+from silo.learning.training import rows_for
 
 TASKS = {
     "ade": {"max_length": 48, "sampling_rate": 0.12, "rounds": 50},

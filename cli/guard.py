@@ -54,7 +54,7 @@ def init(
       silo guard init --name notary --organisation "City Notary" --aggregator https://hub.example
     """
     from cli.output import Output
-    from silo import guard_commands
+    from silo.guardians import guard_commands
 
     if bool(aggregator) == (folder is not None):
         raise typer.BadParameter("say where the aggregator is: --aggregator URL, or --folder DIR")
@@ -82,7 +82,7 @@ def join(
       silo guard join --fingerprint "9c1f 03aa …"
     """
     from cli.output import Output
-    from silo import guard_commands
+    from silo.guardians import guard_commands
 
     output = Output(json=json)
     with guard_commands.joining(home, fingerprint, folder=folder) as visit:
@@ -112,7 +112,7 @@ def run(
       silo guard run --rounds 40
     """
     from cli.output import Output
-    from silo import guard_commands
+    from silo.guardians import guard_commands
 
     output = Output(json=json)
     done = guard_commands.run(home, rounds=rounds, folder=folder, told=output.say)

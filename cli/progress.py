@@ -18,7 +18,7 @@ from cli.output import Output, bar, size, table
 
 if TYPE_CHECKING:
     from aggregator.desk import Event
-    from aggregator.simulate import Result, Step
+    from aggregator.simulation.simulate import Result, Step
 
 _WAITING = {
     "countersignature": "countersignatures",
@@ -88,7 +88,7 @@ def _waiting(step: str) -> str:
 
 def closing_words(result: Result) -> Iterator[str | Table]:
     """What a simulation ends with, for people."""
-    from aggregator.wording import HEAD_MODELS
+    from aggregator.reporting.wording import HEAD_MODELS
 
     yield ""
     yield table(

@@ -34,7 +34,8 @@ def restore(
       silo restore --ledger /mnt/other-copy/ledger.jsonl --yes
     """
     from cli.output import Output
-    from silo import guard_commands, restoring
+    from silo import restoring
+    from silo.guardians import guard_commands
 
     output = Output(json=json)
     if not yes and not json:

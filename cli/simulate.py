@@ -74,8 +74,8 @@ def simulate(
     """
     import time
 
-    from aggregator.simulate import Settings
-    from aggregator.simulate import simulate as run_simulation
+    from aggregator.simulation.simulate import Settings
+    from aggregator.simulation.simulate import simulate as run_simulation
     from cli.output import Output
     from cli.progress import SimulationDisplay, closing_words
 

@@ -14,8 +14,8 @@ from cli.options import HERE, AggregatorHome, Json, SiloHome
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from privacy.audit import Verdict
-    from privacy.findings import Check
+    from privacy.audit.findings import Check
+    from privacy.audit.whole import Verdict
 
 FAILED = 4
 Rounds = Annotated[list[int] | None, typer.Option("--round", min=1, help="only this round in full; may be given more than once")]
@@ -72,7 +72,7 @@ def aggregator_verify(
       aggregator verify --report report/report.json
     """
     from aggregator import verify
-    from privacy.evidence import read_report
+    from privacy.audit.evidence import read_report
 
     papers = None if report is None else read_report(report)
     return _show(verify.verify(home, rounds=_chosen(rounds, everything), report=papers), json=json)

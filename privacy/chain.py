@@ -24,9 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from privacy import envelope, keys
+from privacy import envelope
 from privacy.errors import TrustError
 from privacy.federation import Accepted, Contract, Guardian, Member
+from privacy.identity import keys
 from privacy.messages import Countersignature, decode, encode
 
 _FIXED: Final = (

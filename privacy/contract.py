@@ -128,7 +128,7 @@ class Signer(Table, frozen=True, kw_only=True):
 
     @property
     def verify_key(self) -> bytes:
-        """The keys as privacy.keys.verify_signature takes them: 32 bytes, or 32 + 1952."""
+        """The keys as privacy.identity.keys.verify_signature takes them: 32 bytes, or 32 + 1952."""
         return bytes.fromhex(self.sign_key + self.ml_dsa_key)
 
 

@@ -26,9 +26,9 @@ from typing import Final, Literal, TypeVar
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hpke
 
-from privacy import keys
 from privacy.errors import TrustError
 from privacy.federation import Accepted, Guardian, Member, parse
+from privacy.identity import keys
 from privacy.messages import (
     AGGREGATOR,
     Close,

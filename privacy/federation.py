@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from privacy import grid, ring
 from privacy.contract import (
     GUARDIANS_FROM,
     Adapter,
@@ -37,10 +36,11 @@ from privacy.contract import (
     Text,
     Training,
 )
+from privacy.dp import grid, ring
+from privacy.dp.mechanism import MOST_STEPS, LatticeGaussian
+from privacy.dp.mechanism import adversaries as of_a_sum
 from privacy.errors import ConfigError
-from privacy.mechanism import MOST_STEPS, LatticeGaussian
-from privacy.mechanism import adversaries as of_a_sum
-from privacy.shamir import MOST_SHARES
+from privacy.secure_sum.shamir import MOST_SHARES
 
 __all__ = [
     "GUARDIANS_FROM", "Accepted", "Adapter", "Aggregator", "Contract", "Guardian", "Hex32", "Member", "Model", "Name", "Positive",
@@ -121,7 +121,7 @@ def mechanism(terms: Contract, *, shares: int | None = None, rounds: int | None 
 
 
 def adversaries(terms: Contract, *, standing: int | None = None, rounds: int | None = None) -> dict[str, LatticeGaussian]:
-    """The plan as three adversaries see it, by name; see ``privacy.mechanism.adversaries``.
+    """The plan as three adversaries see it, by name; see ``privacy.dp.mechanism.adversaries``.
 
     In local mode all three face one silo's noise in full: what a silo releases is private before it is summed.
 

@@ -42,7 +42,7 @@ AGGREGATOR_KINDS = frozenset(
     {"contract", "epoch", "roster", "manifest", "freeze", "certificate", "outcome", "checkpoint", "head"}
 )
 NOTE_KINDS = frozenset({"checkpoint", "cosignature", "head"})
-"""Kinds whose documents are signed notes about the log (privacy.log) and not ``Signed``; they are no leaves of it."""
+"""Kinds whose documents are signed notes about the log (privacy.transparency.log) and not ``Signed``; they are no leaves of it."""
 
 
 class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

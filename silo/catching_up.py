@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from privacy import guardian_sum, log, notes
 from privacy.errors import TrustError
 from privacy.federation import Accepted, Contract
 from privacy.messages import AGGREGATOR, Certificate, Manifest, Signed, decode
+from privacy.secure_sum import guardian_sum
+from privacy.transparency import log, notes
 from silo import session
 from silo.home import Home, Progress
 from silo.settlement import load_progress

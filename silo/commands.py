@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from privacy import keys
-from privacy.budget import Gate
+from privacy.dp.budget import Gate
+from privacy.dp.ledger import Ledger, is_begun
 from privacy.errors import ConfigError, LedgerBroken
 from privacy.federation import Accepted, Member
-from privacy.ledger import Ledger, is_begun
+from privacy.identity import keys
 from silo import config, keyring, membership, reading, succession
 from silo.catching_up import catch_up
 from silo.folder import transporting
@@ -259,7 +259,7 @@ def training(root: Path, *, folder: Path | None = None) -> Iterator[Session]:
 @contextlib.contextmanager
 def _at_work(home: Home, settings: config.Config, transport: Transport) -> Iterator[_Work]:
     """This silo under the contract in force, which all members countersigned, with its state brought up to it."""
-    from silo import training as learning
+    from silo.learning import training as learning
 
     accepted, member, identity = membership.joined(home, now=datetime.now(UTC), transport=transport)
     terms = accepted.terms
@@ -279,7 +279,7 @@ def _at_work(home: Home, settings: config.Config, transport: Transport) -> Itera
 
 def dry_run(root: Path) -> dict[str, Any]:
     """One step on this machine whose result is thrown away: seconds, memory, device. Nothing is charged or sent."""
-    from silo import training as learning
+    from silo.learning import training as learning
 
     home, settings = opened(root)
     accepted, _, _ = membership.joined(home, now=datetime.now(UTC))

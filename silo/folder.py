@@ -23,11 +23,12 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from privacy import folder, notes
+from privacy import folder
 from privacy.errors import Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.folder import Posted, Sent
-from privacy.log import MOST_RESOURCE_BYTES, UNLOGGED, WIDTH, Leaf, is_resource, unbundle
 from privacy.messages import AGGREGATOR, Kind, decode
+from privacy.transparency import notes
+from privacy.transparency.log import MOST_RESOURCE_BYTES, UNLOGGED, WIDTH, Leaf, is_resource, unbundle
 from silo.config import Aggregator
 from silo.transport import MOST_BYTES, MOST_BYTES_OUTCOME, HttpTransport, refusal
 

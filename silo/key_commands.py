@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from privacy import keys
 from privacy.errors import ConfigError, TrustError
 from privacy.federation import Accepted
+from privacy.identity import keys
 from silo import keyring, succession
 from silo.home import Home
 from silo.reading import fingerprints, opened

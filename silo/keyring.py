@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from privacy import files, keys
+from privacy import files
 from privacy.errors import ConfigError, TrustError
 from privacy.federation import Accepted, Member
+from privacy.identity import keys
 from silo.home import Home
 
 

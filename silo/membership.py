@@ -13,14 +13,17 @@ import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from privacy import accounting, base_model, chain, keys
+from privacy import base_model, chain
+from privacy.dp import accounting
 from privacy.envelope import open_contract
 from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member, mechanism
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR
-from silo import keyring, records, succession
+from silo import keyring, succession
 from silo.config import Config, Limits
 from silo.home import Home
+from silo.learning import records
 from silo.succession import Fetched
 from silo.transport import Transport
 
@@ -31,7 +34,7 @@ def fetch(transport: Transport, fingerprint: str, *, home: Home | None = None) -
     """The newest contract on the board and its chain, verified against the fingerprint that a person typed or compared.
 
     Args:
-        fingerprint: the aggregator's fingerprint (privacy.keys.fingerprint, spaces are free) or a contract's digest in hex.
+        fingerprint: the aggregator's fingerprint (identity.keys.fingerprint, spaces are free) or a contract's digest in hex.
         home: the chain must be the one that this silo has.
 
     Raises:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from privacy.errors import Replay, RoundError, TrustError
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
 from silo import session
-from silo.guarding import Watching, guarding
+from silo.guardians.guarding import Watching, guarding
 from silo.round import POLL_S, Parts, Rounds, Settled
 from silo.session import Epoch
 from silo.settlement import load_progress
@@ -36,7 +36,7 @@ def participate(parts: Parts, *, basis: bytes, rounds: int | None, wait_s: float
     Raises:
         Equivocation: evidence against the aggregator's log lies in the home.
         RoundError: nothing was opened within ``wait_s`` seconds, or as ``Rounds.take_part``.
-        SiloquyError: as ``Rounds.take_part``, ``silo.session.establish`` and ``silo.guardian.Guardian.step``.
+        SiloquyError: as ``Rounds.take_part``, ``silo.session.establish`` and ``silo.guardians.guardian.Guardian.step``.
     """
     refuse_after_equivocation(parts.home)
     outcomes: dict[int, bytes] = {}

@@ -15,16 +15,17 @@ from typing import Any
 
 import msgspec
 
-from privacy import files, keys
-from privacy.accounting import Certificate
-from privacy.budget import Account, Limits
+from privacy import files
+from privacy.dp.accounting import Certificate
+from privacy.dp.budget import Account, Limits
+from privacy.dp.ledger import History
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, mechanism
-from privacy.ledger import History
-from privacy.mechanism import LatticeGaussian
+from privacy.identity import keys
 from silo import config, keyring, succession
-from silo.card import Origin
 from silo.home import Home
+from silo.learning.card import Origin
 from silo.settlement import load_progress
 
 
@@ -86,7 +87,7 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
 
 def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
     """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
-    from silo import evaluation
+    from silo.learning import evaluation
 
     home, settings = opened(root)
     accepted, _, _ = succession.at_work(home)
@@ -106,7 +107,7 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
 
 
 def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
-    """The reached model as a PEFT adapter in ``folder``, which appears whole or not at all; see ``silo.export``.
+    """The reached model as a PEFT adapter in ``folder``, which appears whole or not at all; see ``silo.learning.export``.
 
     Costs nothing: the state is released, and what is made of it alone is as private as it is.
 
@@ -116,8 +117,8 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is something in ``folder``, or a model of this kind cannot be exported.
     """
-    from silo import evaluation
-    from silo.export import adapter
+    from silo.learning import evaluation
+    from silo.learning.export import adapter
 
     home, settings = opened(root)
     accepted, member, _ = succession.at_work(home)

@@ -30,14 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from privacy import envelope, files, guardian_sum, log, notes
-from privacy.entries import Commit, Reserve, Void
+from privacy import envelope, files
+from privacy.dp.entries import Commit, Reserve, Void
+from privacy.dp.ledger import History, Ledger
 from privacy.errors import LedgerBroken, RoundError, TrustError
 from privacy.federation import Accepted, mechanism
-from privacy.keys import Identity
-from privacy.ledger import History, Ledger
-from privacy.log import Leaf, Tiles
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Header, Kind, Manifest, Outcome, Signed, Upload, decode
+from privacy.secure_sum import guardian_sum
+from privacy.transparency import log, notes
+from privacy.transparency.log import Leaf, Tiles
 from silo import keyring, reading, session, succession
 from silo.folder import transporting
 from silo.home import Home, remove_folder

@@ -32,9 +32,10 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from privacy import envelope, files, guardian_sum, keys
+from privacy import envelope, files
 from privacy.errors import Equivocation, Replay, RoundError, TrustError
 from privacy.federation import Accepted, Member
+from privacy.identity import keys
 from privacy.messages import (
     AGGREGATOR,
     Acknowledgement,
@@ -47,10 +48,11 @@ from privacy.messages import (
     encode,
 )
 from privacy.prg import Randomness
+from privacy.secure_sum import guardian_sum
 from privacy.update_rule import State
-from silo import local
 from silo.catching_up import agreed_set
 from silo.home import Home, Progress
+from silo.learning import local
 from silo.session import Epoch
 from silo.settlement import Integers, Words, load_progress, refuse_to_go_on, shown
 from silo.transport import Transport
@@ -68,7 +70,7 @@ Contribute = Callable[[State], Integers]
 
 
 class Gate(Protocol):
-    """What a round needs of privacy.budget.Gate."""
+    """What a round needs of privacy.dp.budget.Gate."""
 
     def admit(self, round: int, attempt: bytes) -> int:
         """Reserve the attempt's cost in the ledger, on disk, and give its counter; or refuse before any record is read."""

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from privacy import envelope, files, keys
-from privacy import epoch as epochs
-from privacy.epoch import EpochSecrets, PairChain, Secret
+from privacy import envelope, files
 from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted, Member
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, EpochCall, EpochNote, GuardianNote, Number, Roster, Signed, decode, encode
+from privacy.secure_sum import epoch as epochs
+from privacy.secure_sum.epoch import EpochSecrets, PairChain, Secret
 from silo.home import Home, remove_folder
 from silo.transport import Transport
 from silo.watch import expect

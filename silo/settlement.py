@@ -11,11 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import guardian_sum, ring, update_rule
+from privacy import update_rule
+from privacy.dp import ring
 from privacy.errors import MachineError, RoundError, TrustError
 from privacy.federation import Accepted, Contract
-from privacy.guardian_sum import Frozen
 from privacy.messages import Outcome
+from privacy.secure_sum import guardian_sum
+from privacy.secure_sum.guardian_sum import Frozen
 from privacy.update_rule import State
 from silo.home import Home, Progress
 from silo.succession import ancestors

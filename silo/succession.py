@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from privacy import chain, envelope, keys
+from privacy import chain, envelope
 from privacy.chain import Lineage, Version
 from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
 from privacy.federation import Accepted, Member
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Signed, decode
 from silo import keyring, session
 from silo.home import Home

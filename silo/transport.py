@@ -30,7 +30,7 @@ from privacy.errors import (
     SiloquyError,
     TrustError,
 )
-from privacy.log import MOST_RESOURCE_BYTES
+from privacy.transparency.log import MOST_RESOURCE_BYTES
 
 LONGEST_WAIT_S = 30.0
 MOST_BYTES = 16 << 20
@@ -51,7 +51,7 @@ class Transport(Protocol):
         ...
 
     def fetch(self, path: str) -> bytes | None:
-        """A resource of the transparency log (privacy.log.is_resource), or None when it is not there."""
+        """A resource of the transparency log (privacy.transparency.log.is_resource), or None when it is not there."""
         ...
 
     def status(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 """What a silo sends in a round: its vector of ring words, masked, sealed to the aggregator and signed.
 
 In joint mode the vector is the clamped sum of one step plus this silo's share of the noise (``noisy``); in local mode
-(``silo.local``) it is what the silo's own steps changed, each of which went through ``noisy`` with the noise in full.
+(``silo.learning.local``) it is what the silo's own steps changed, each of which went through ``noisy`` with the noise in full.
 
 Promised: the vector inside is uniform to everyone until every member has consented to a set that holds it; it is bound to
 its round, attempt and silo; and the silo's signature covers every byte that is sent. The unmasked vector, the noise and the
@@ -20,12 +20,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy import envelope, guardian_sum, noise, ring, shares
-from privacy.epoch import Secret
+from privacy import envelope
+from privacy.dp import noise, ring
 from privacy.errors import MachineError
 from privacy.federation import Contract, ring_plan
 from privacy.messages import Attempt, Digest, Key, Number, Upload, Wire
 from privacy.prg import Randomness
+from privacy.secure_sum import guardian_sum, shares
+from privacy.secure_sum.epoch import Secret
 
 
 class Persisted(Secret, frozen=True, kw_only=True):
@@ -88,7 +90,7 @@ def masked(
     """The finished upload of one attempt, ready to be persisted and then sent.
 
     Args:
-        x: from :func:`noisy`, or ``silo.local.trained``.
+        x: from :func:`noisy`, or ``silo.learning.local.trained``.
         os_random: 32 fresh bytes of the operating system, for this attempt's self-mask seed.
         guardian_keys: in share mode what the shares of its secrets are sealed to, by guardian; in consent mode nothing.
         sign: gives this silo's signed document of a message, in the context of the epoch.

@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from privacy import audit, envelope, keys, placing
-from privacy.audit import Verdict
-from privacy.audit_epoch import refused
-from privacy.audit_ledger import check_ledger
-from privacy.audit_log import Fetch, check_log
-from privacy.audit_round import RoundFacts
+from privacy import envelope
+from privacy.audit import placing, whole
+from privacy.audit.check_epoch import refused
+from privacy.audit.check_ledger import check_ledger
+from privacy.audit.check_log import Fetch, check_log
+from privacy.audit.check_round import RoundFacts
+from privacy.audit.evidence import Entry, read_report
+from privacy.audit.findings import Check, Findings, Slot, Source
+from privacy.audit.whole import Verdict
 from privacy.errors import ConfigError
-from privacy.evidence import Entry, read_report
 from privacy.federation import Accepted
-from privacy.findings import Check, Findings, Slot, Source
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR
 from silo import config, keyring
 from silo.folder import FolderTransport
@@ -46,7 +48,7 @@ class Own:
 
 @dataclass(kw_only=True)
 class BoardSource:
-    """A board over a transport; privacy.findings.Source. Small documents are fetched once, of the large ones the last is kept.
+    """A board over a transport; audit.findings.Source. Small documents are fetched once, of the large ones the last is kept.
 
     ``known``: the last round that this silo settled: the board must reach it.
     """
@@ -113,7 +115,7 @@ def verify(
 
     Raises:
         ConfigError: there is neither a home nor a folder, or the report cannot be read.
-        MachineError, NotCertified: see privacy.audit.
+        MachineError, NotCertified: see privacy.audit.whole.
     """
     home = Home(root)
     own = _own(home) if home.ledger_path.exists() else None
@@ -125,7 +127,7 @@ def verify(
     papers = None if report is None else read_report(report)
     with _source(home, own, url=url, folder=folder) as (source, fetch, before, entries):
         also = functools.partial(_also, own=own, fetch=fetch, entries=entries)
-        return audit.audit(source, pinned=pinned, rounds=rounds, before=before, also=also, report=papers)
+        return whole.audit(source, pinned=pinned, rounds=rounds, before=before, also=also, report=papers)
 
 
 @contextmanager

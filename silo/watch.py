@@ -36,15 +36,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from privacy import files, log, notes
+from privacy import files
 from privacy.envelope import open_contract
 from privacy.errors import Equivocation, TrustError
 from privacy.federation import Accepted, Contract
-from privacy.keys import Identity
-from privacy.log import Leaf, Tiles
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, decode
-from privacy.notes import Checkpoint, Note
-from privacy.proofs import EMPTY_ROOT
+from privacy.transparency import log, notes
+from privacy.transparency.log import Leaf, Tiles
+from privacy.transparency.notes import Checkpoint, Note
+from privacy.transparency.proofs import EMPTY_ROOT
 from silo.home import Home
 from silo.transport import Transport
 

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from privacy import envelope, freeze, guardian_sum
+from privacy import envelope
 from privacy.errors import TrustError
 from privacy.federation import Accepted, ring_plan
-from privacy.guardian_sum import Frozen
 from privacy.messages import AGGREGATOR, Certificate, Freeze, Manifest, Outcome, Signed, decode
-from privacy.notes import Checkpoint
+from privacy.secure_sum import freeze, guardian_sum
+from privacy.secure_sum.guardian_sum import Frozen
+from privacy.transparency.notes import Checkpoint
 from privacy.update_rule import State
 from silo.home import Progress
 from silo.session import Epoch

@@ -36,7 +36,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from privacy import federation, keys, ledger
+from privacy import federation
+from privacy.dp import ledger
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, KINDS, EpochNote, Header, Outcome, Signed, Upload, decode
 from silo import config, membership
 from silo.home import Home
@@ -44,8 +46,9 @@ from silo.participation import participate
 from tests import sessions, whole
 
 WARM = (
-    "tests.crash", "silo.commands", "silo.training", "silo.evaluation", "aggregator.commands", "aggregator.service",
-    "aggregator.compliance", "cli.output", "cli.progress", "dp_accounting.pld.privacy_loss_distribution",
+    "tests.crash", "silo.commands", "silo.learning.training", "silo.learning.evaluation",
+    "aggregator.commands", "aggregator.service",
+    "aggregator.reporting.compliance", "cli.output", "cli.progress", "dp_accounting.pld.privacy_loss_distribution",
     "dp_accounting.rdp.rdp_privacy_accountant", "transformers.models.bert.modeling_bert", "pydantic.main", "encodings.idna",
 )  # fmt: skip
 

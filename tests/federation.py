@@ -16,10 +16,9 @@ from aggregator.board import Board
 from aggregator.config import Config, Home, Listen
 from aggregator.coordinator import Coordinator
 from aggregator.store import Store
-from privacy import envelope, guardian_sum, log, notes, update_rule
-from privacy import epoch as epochs
+from privacy import envelope, update_rule
 from privacy.federation import parse, ring_plan
-from privacy.keys import Identity
+from privacy.identity.keys import Identity
 from privacy.messages import (
     AGGREGATOR,
     Acknowledgement,
@@ -34,6 +33,9 @@ from privacy.messages import (
     decode,
     encode,
 )
+from privacy.secure_sum import epoch as epochs
+from privacy.secure_sum import guardian_sum
+from privacy.transparency import log, notes
 from tests.terms import contract_bytes
 
 HUB = Identity(name="hub", sign_seed=bytes([100]) * 32, receive_seed=bytes([101]) * 32)

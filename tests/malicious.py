@@ -22,16 +22,19 @@ import pytest
 
 import silo.round
 from aggregator.coordinator import Coordinator, coordinating
-from privacy import envelope, freeze, guardian_sum, keys, notes, shares
+from privacy import envelope
 from privacy.errors import SiloquyError
 from privacy.federation import GUARDIANS_FROM
-from privacy.log import Leaf, bundle, tile_path, tiles_of
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Freeze, Header, Manifest, Roster, Signed, Upload, Wire, decode, encode
-from privacy.tree import Tree
-from silo.guardian import Guardian, party_of
+from privacy.secure_sum import freeze, guardian_sum, shares
+from privacy.transparency import notes
+from privacy.transparency.log import Leaf, bundle, tile_path, tiles_of
+from privacy.transparency.tree import Tree
+from silo.guardians.guardian import Guardian, party_of
+from silo.guardians.vows import Vows
 from silo.home import Home
 from silo.participation import participate
-from silo.vows import Vows
 from silo.watch import Watch
 from tests.whole import BASIS, Silo, Whole
 

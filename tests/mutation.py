@@ -40,41 +40,41 @@ TIMEOUT_S = 120.0
 WORDS = re.compile(r"_?(check|verify|expect|refuse|open|load)(_|$)")
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "privacy.guardian_sum": ("test_guardian_sum", "test_mutants_sum", "test_shares"),
-    "privacy.masking": ("test_guardian_sum", "test_mutants_sum", "test_shares", "test_mutants_shares"),
-    "privacy.freeze": ("test_freeze", "test_guardian_sum", "test_mutants_shares"),
-    "privacy.shares": ("test_shares", "test_mutants_shares"),
-    "privacy.shamir": ("test_shamir",),
+    "privacy.secure_sum.guardian_sum": ("test_guardian_sum", "test_mutants_sum", "test_shares"),
+    "privacy.secure_sum.masking": ("test_guardian_sum", "test_mutants_sum", "test_shares", "test_mutants_shares"),
+    "privacy.secure_sum.freeze": ("test_freeze", "test_guardian_sum", "test_mutants_shares"),
+    "privacy.secure_sum.shares": ("test_shares", "test_mutants_shares"),
+    "privacy.secure_sum.shamir": ("test_shamir",),
     "privacy.envelope": ("test_envelope", "test_mutants_sum"),
-    "privacy.epoch": ("test_epoch", "test_mutants_sum"),
-    "privacy.roster": ("test_epoch", "test_freeze", "test_mutants_shares"),
-    "privacy.slices": ("test_slices", "test_mutants_sum"),
-    "privacy.merkle": ("test_merkle",),
-    "privacy.proofs": ("test_proofs", "test_mutants_log"),
-    "privacy.tree": ("test_log", "test_proofs", "test_vectors", "test_mutants_log"),
-    "privacy.notes": ("test_notes", "test_mutants_log"),
-    "privacy.log": ("test_log", "test_mutants_log"),
+    "privacy.secure_sum.epoch": ("test_epoch", "test_mutants_sum"),
+    "privacy.secure_sum.roster": ("test_epoch", "test_freeze", "test_mutants_shares"),
+    "privacy.secure_sum.slices": ("test_slices", "test_mutants_sum"),
+    "privacy.secure_sum.merkle": ("test_merkle",),
+    "privacy.transparency.proofs": ("test_proofs", "test_mutants_log"),
+    "privacy.transparency.tree": ("test_log", "test_proofs", "test_vectors", "test_mutants_log"),
+    "privacy.transparency.notes": ("test_notes", "test_mutants_log"),
+    "privacy.transparency.log": ("test_log", "test_mutants_log"),
     "privacy.prg": ("test_prg", "test_mutants_sum"),
-    "privacy.curve25519": ("test_keys", "test_mutants_sum"),
-    "privacy.signatures": ("test_signatures", "test_mutants_sum"),
-    "privacy.xwing": ("test_keys", "test_mutants_sum"),
+    "privacy.identity.curve25519": ("test_keys", "test_mutants_sum"),
+    "privacy.identity.signatures": ("test_signatures", "test_mutants_sum"),
+    "privacy.identity.xwing": ("test_keys", "test_mutants_sum"),
 }
 """The test modules that answer for a module; the first to fail ends a mutant."""
 
 _LIBRARY = "the library refuses it as well; kept so that nothing rests on that"
 _NO_KEY = "no such encoding passes for a point of prime order, and as R the library refuses it as well"
 EQUIVALENT: dict[str, str] = {
-    "privacy.curve25519:check_dh_key: or len(key) != 32": _LIBRARY,
-    "privacy.curve25519:_coordinates: raise ValueError('y is not reduced')": _NO_KEY,
-    "privacy.curve25519:_coordinates: or (v * x * x - u) % _FIELD": _NO_KEY,
-    "privacy.curve25519:_coordinates: or x == 0 and sign": _NO_KEY,
-    "privacy.curve25519:_coordinates: raise ValueError('no such point')": _NO_KEY,
-    "privacy.curve25519:verify_signature: or len(signature) != 64": _LIBRARY,
-    "privacy.curve25519:verify_signature: or int.from_bytes(signature[32:], 'little') >= _ORDER": _LIBRARY,
-    "privacy.curve25519:verify_signature: raise InvalidSignature": _LIBRARY,
-    "privacy.notes:VerifierKey.parse: or not _HEX8.fullmatch(stated)": "an id is eight such digits, and stated must equal it",
-    "privacy.notes:parse: or not gap": "without a gap the text before it is empty, which is refused beside it",
-    "privacy.shares:check_pair_key: or stated is None": "a commitment is bytes and never equals None",
+    "privacy.identity.curve25519:check_dh_key: or len(key) != 32": _LIBRARY,
+    "privacy.identity.curve25519:_coordinates: raise ValueError('y is not reduced')": _NO_KEY,
+    "privacy.identity.curve25519:_coordinates: or (v * x * x - u) % _FIELD": _NO_KEY,
+    "privacy.identity.curve25519:_coordinates: or x == 0 and sign": _NO_KEY,
+    "privacy.identity.curve25519:_coordinates: raise ValueError('no such point')": _NO_KEY,
+    "privacy.identity.curve25519:verify_signature: or len(signature) != 64": _LIBRARY,
+    "privacy.identity.curve25519:verify_signature: or int.from_bytes(signature[32:], 'little') >= _ORDER": _LIBRARY,
+    "privacy.identity.curve25519:verify_signature: raise InvalidSignature": _LIBRARY,
+    "transparency.notes:VerifierKey.parse: or not _HEX8.fullmatch(stated)": "an id is eight such digits, and stated must equal it",
+    "privacy.transparency.notes:parse: or not gap": "without a gap the text before it is empty, which is refused beside it",
+    "privacy.secure_sum.shares:check_pair_key: or stated is None": "a commitment is bytes and never equals None",
 }
 """``module:function: what`` of mutants that no test can tell from the original, and why."""
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import functools
 import hashlib
 
-from aggregator import compliance
-from aggregator.compliance import Report, RoundFacts
-from privacy import federation, keys
+from aggregator.reporting import compliance
+from aggregator.reporting.compliance import Report, RoundFacts
+from privacy import federation
 from privacy.federation import Accepted
+from privacy.identity import keys
 
 NAMES = (("anna", "St. Anna Hospital"), ("brook", "Brook Clinic"), ("carl", "Carl University Hospital"))
 

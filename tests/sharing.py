@@ -13,11 +13,13 @@ from functools import cache
 
 import numpy as np
 
-from privacy import epoch, federation, freeze, guardian_sum, keys, shares
+from privacy import federation
 from privacy.envelope import sign
-from privacy.freeze import Certified, Frozen
+from privacy.identity import keys
 from privacy.messages import Certificate, Freeze, Header, Roster, Upload, decode, encode
-from privacy.shares import Received, Released, Secrets
+from privacy.secure_sum import epoch, freeze, guardian_sum, shares
+from privacy.secure_sum.freeze import Certified, Frozen
+from privacy.secure_sum.shares import Received, Released, Secrets
 from tests.terms import contract_bytes, public, seed
 from tests.test_epoch import Party, make_party
 

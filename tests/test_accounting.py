@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import accounting
-from privacy.accounting import Curve, calibrate, certify, certify_adaptive, check_delta, epsilon_pld, epsilon_rdp, rdp_curve
+from privacy.dp import accounting
+from privacy.dp.accounting import Curve, calibrate, certify, certify_adaptive, check_delta, epsilon_pld, epsilon_rdp, rdp_curve
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import NotCertified, PrivacyRefusal
-from privacy.mechanism import LatticeGaussian
 
 DELTA = 1e-5
 

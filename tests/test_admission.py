@@ -8,9 +8,8 @@ import os
 import msgspec
 import pytest
 
-from aggregator import admission, rounds
+from aggregator import admission, rounds, sizes
 from privacy import envelope
-from privacy import epoch as epochs
 from privacy.errors import Replay, RoundError, TrustError
 from privacy.messages import (
     AGGREGATOR_KINDS,
@@ -26,6 +25,7 @@ from privacy.messages import (
     decode,
     encode,
 )
+from privacy.secure_sum import epoch as epochs
 from tests.federation import HUB, Federation, signed_by_hub, silo_identity, upload_of
 
 MEMBER_KINDS = ("countersignature", "epoch-note", "pair-seeds", "confirmation", "upload", "consent", "release", "acknowledgement")
@@ -84,7 +84,7 @@ def test_the_right_document_is_admitted_and_every_wrong_envelope_is_refused(fede
         with pytest.raises((TrustError, RoundError)):
             admit(federation, kind, number, 2, right)
     with pytest.raises(TrustError, match="at most"):
-        admit(federation, kind, 1, 2, right + bytes(admission.cap(kind, federation.accepted)))
+        admit(federation, kind, 1, 2, right + bytes(sizes.cap(kind, federation.accepted)))
     with pytest.raises(TrustError) as caught:
         admit(federation, kind, 1, 4, right)
     assert caught.value.code == "unknown-member"
@@ -107,7 +107,7 @@ def test_nobody_writes_the_aggregators_kinds_over_this_door(federation, kind):
             admit(federation, kind, 1, party, right)
         assert caught.value.code == "not-yours"
     with pytest.raises(TrustError, match="not taken"):
-        admission.cap(kind, federation.accepted)
+        sizes.cap(kind, federation.accepted)
 
 
 def test_party_0_writes_no_members_kind(federation):
@@ -272,5 +272,5 @@ def test_caps_leave_room_for_the_real_documents_and_little_more(federation):
     federation.ready().run_round(1)
     for silo in federation.silos:
         for (kind, _), data in silo.sent.items():
-            cap = admission.cap(kind, federation.accepted)
+            cap = sizes.cap(kind, federation.accepted)
             assert len(data) <= cap <= len(data) + 1200, kind

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from privacy import base_model, update_rule
 from privacy.errors import ConfigError, SiloquyError
-from silo.classifier import Classifier, build
-from silo.training import Contribution
+from silo.learning.classifier import Classifier, build
+from silo.learning.training import Contribution
 from tests import tiny_models
 
 BASE = {**tiny_models.SIZES, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0}

@@ -17,12 +17,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from aggregator import commands, report
+from aggregator import commands
 from aggregator import verify as aggregator_verify
-from privacy import accounting, audit, envelope, federation, keys, placing, update_rule
-from privacy.audit_log import check_log
-from privacy.evidence import REMNANT, Entry, Evidence, remnant_of
-from privacy.findings import Findings, Slot
+from aggregator.reporting import report
+from privacy import envelope, federation, update_rule
+from privacy.audit import placing, whole
+from privacy.audit.check_log import check_log
+from privacy.audit.evidence import REMNANT, Entry, Evidence, remnant_of
+from privacy.audit.findings import Findings, Slot
+from privacy.dp import accounting
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Acknowledgement, Freeze, Manifest, Outcome, Signed, decode, encode
 from tests.whole import SILOS, Whole, together
 
@@ -67,15 +71,15 @@ def copy(finished, tmp_path):
     return tmp_path / "evidence"
 
 
-def verdict(folder, index, *, log=False, **options) -> audit.Verdict:
+def verdict(folder, index, *, log=False, **options) -> whole.Verdict:
     """What an audit finds, with the log that lies beside the folder if it is asked for."""
     if log:
         options["also"] = functools.partial(check_log, fetch=placing.reader(folder.parent / "log"))
     evidence = Evidence.indexed(folder, index) if isinstance(index, list) else index
-    return audit.audit(evidence, before=list(evidence.integrity()), **options)
+    return whole.audit(evidence, before=list(evidence.integrity()), **options)
 
 
-def named(found: audit.Verdict) -> set[Slot]:
+def named(found: whole.Verdict) -> set[Slot]:
     return {check.slot for check in found.failed}
 
 
@@ -408,7 +412,7 @@ def test_a_remnant_that_lies_is_named(copy, entries, change):
 
 
 def placing_remnant():
-    from privacy.evidence import Remnant
+    from privacy.audit.evidence import Remnant
 
     return Remnant
 

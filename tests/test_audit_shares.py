@@ -11,12 +11,13 @@ import msgspec
 import pytest
 
 from aggregator import verify as aggregator_verify
-from privacy import audit, keys
-from privacy.evidence import Entry, Evidence
-from privacy.findings import Slot
+from privacy.audit import whole
+from privacy.audit.evidence import Entry, Evidence
+from privacy.audit.findings import Slot
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Certificate, Freeze, Outcome, Signed, decode
-from silo import guarding
-from silo.guardian import Guardian, party_of
+from silo.guardians import guarding
+from silo.guardians.guardian import Guardian, party_of
 from silo.home import Home
 from silo.watch import Watch
 from tests.test_audit import bent, by_slot, copy, flipped, named, put, read, resigned, verdict  # noqa: F401
@@ -30,7 +31,7 @@ FOUR = (1, 2, 3, 4)
 def _quick_polls():
     """Silos and guardians look again after 50 ms; what they do then is the same."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         yield
 
@@ -216,7 +217,7 @@ def test_a_round_that_guardians_closed_is_void_by_their_words(closed, tmp_path):
 
 def test_epsilon_counts_a_void_round_for_those_who_sent_something(closed):
     index = list(aggregator_verify.entries_of(aggregator_verify.rows_of(closed.home)))
-    found = audit.audit(Evidence.indexed(closed.home.evidence_folder, index))
+    found = whole.audit(Evidence.indexed(closed.home.evidence_folder, index))
     assert [each.rounds_charged for each in found.spent] == [1, 2]
     assert found.spent[1].insiders > found.spent[0].insiders
     assert {slot.party for slot in by_slot(index) if slot[:2] == ("upload", 2)} == {1, 2}

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.errors import ConfigError, MachineError
-from silo import basis
-from silo.basis import GRID, digest, factors, random_basis, weights_basis
+from silo.learning import basis
+from silo.learning.basis import GRID, digest, factors, random_basis, weights_basis
 from tests import tiny_models
 
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from benchmarks import clocks, machine, noise, round, step_overhead, utility
-from silo import training
+from silo.learning import training
 from silo.transport import HttpTransport
 from tests import sessions
 

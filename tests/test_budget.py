@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from privacy import accounting
-from privacy.budget import Account, Gate, Limits
-from privacy.entries import Commit, Plan, Reserve, Void
+from privacy.dp import accounting
+from privacy.dp.budget import Account, Gate, Limits
+from privacy.dp.entries import Commit, Plan, Reserve, Void
+from privacy.dp.ledger import History, Ledger
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import BudgetExhausted, PrivacyRefusal
-from privacy.ledger import History, Ledger
-from privacy.mechanism import LatticeGaussian
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
 A, B = "aa" * 32, "bb" * 32

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from privacy import chain, envelope, keys
+from privacy import chain, envelope
 from privacy.chain import Lineage, Version
 from privacy.errors import SiloquyError, TrustError
 from privacy.federation import parse
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Countersignature, Signed, decode, encode
 from tests.terms import contract_bytes
 

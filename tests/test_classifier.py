@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from privacy.errors import ConfigError
-from silo.classifier import assemble, build
-from silo.gradients import Tape, pack, unit_gradients
+from silo.learning.classifier import assemble, build
+from silo.learning.gradients import Tape, pack, unit_gradients
 from tests.tiny_models import MAX_LENGTH, MODULES, classifier, encoder, state, terms, unit
 
 

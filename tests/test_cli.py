@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from aggregator import defaults
-from privacy import keys, ledger
+from privacy.dp import ledger
 from privacy.errors import MachineError
+from privacy.identity import keys
 from silo import commands, reading
 from silo.transport import HttpTransport
 from tests import sessions

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import compliance, wording
-from aggregator.compliance import Report, true_positive_bound
-from privacy import accounting, federation, keys
+from aggregator.reporting import compliance, wording
+from aggregator.reporting.compliance import Report, true_positive_bound
+from privacy import federation
+from privacy.dp import accounting
 from privacy.errors import ConfigError
+from privacy.identity import keys
 from tests.sample_report import NAMES, contract, make, run, sample
 
 DELTA = 1e-6
@@ -241,7 +243,7 @@ def test_a_simulation_is_called_one_and_says_nothing_that_only_a_real_federation
 
 
 def test_the_simulations_words_name_as_many_heads_as_are_trained():
-    from silo import evaluation
+    from silo.learning import evaluation
 
     assert len(evaluation.HEAD_RATES) == wording.HEAD_MODELS
 

@@ -10,7 +10,7 @@ from aggregator.coordinator import coordinating
 from aggregator.store import Store
 from privacy import update_rule
 from privacy.errors import ConfigError, MachineError, RoundError, TrustError
-from privacy.keys import Identity
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Acknowledgement, Confirmation, Release, Signed, Upload, decode
 from tests.federation import HUB, Federation, Stopped, silo_identity, upload_of
 

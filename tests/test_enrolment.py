@@ -14,10 +14,12 @@ from aggregator import config, enrolment, rounds
 from aggregator.config import Config, Home
 from aggregator.draft import Terms
 from aggregator.store import Store
-from privacy import accounting, federation, keys, ring
+from privacy import federation
+from privacy.dp import accounting, ring
 from privacy.errors import BudgetExhausted, ConfigError, TrustError
 from privacy.federation import Contract, Model, ring_plan
-from privacy.keys import Identity
+from privacy.identity import keys
+from privacy.identity.keys import Identity
 
 MODEL = Model(name="tiny", digest="ab" * 32, hidden_size=8)
 TERMS = Terms(

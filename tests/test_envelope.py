@@ -13,9 +13,10 @@ from cryptography.hazmat.primitives import hpke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import envelope, keys
+from privacy import envelope
 from privacy.errors import TrustError
 from privacy.federation import Member
+from privacy.identity import keys
 from privacy.messages import Consent, Signed, decode, encode
 
 ALICE = keys.Identity(name="alice", sign_seed=b"a" * 32, receive_seed=b"A" * 32)

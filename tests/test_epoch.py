@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.epoch: from identities to confirmed pair secrets, and every way in which an epoch must not start."""
+"""privacy.secure_sum.epoch: from identities to confirmed pair secrets, and every way in which an epoch must not start."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from itertools import combinations
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from privacy import epoch, federation, keys
+from privacy import federation
 from privacy.envelope import open_sealed, sign
-from privacy.epoch import EpochSecrets, PairChain
 from privacy.errors import Equivocation, TrustError
+from privacy.identity import keys
 from privacy.messages import EpochNote, PairSeeds, Roster, encode
+from privacy.secure_sum import epoch
+from privacy.secure_sum.epoch import EpochSecrets, PairChain
 from tests.terms import contract_bytes, seed
 
 BASIS = b"\7" * 32

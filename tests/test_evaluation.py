@@ -12,12 +12,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from privacy import accounting, base_model, federation, update_rule
+from privacy import base_model, federation, update_rule
+from privacy.dp import accounting
 from privacy.errors import ConfigError
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo import config, evaluation, membership, training
+from silo import config, membership
 from silo.home import Home
+from silo.learning import evaluation, training
 from tests import tiny_models
 from tests.terms import contract_bytes
 

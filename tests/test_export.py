@@ -23,14 +23,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModel, BertForTokenClassification
 
-from privacy import base_model, envelope, federation, keys, update_rule
-from privacy.accounting import Certificate
+from privacy import base_model, envelope, federation, update_rule
+from privacy.dp.accounting import Certificate
 from privacy.errors import ConfigError, MachineError, TrustError
+from privacy.identity import keys
 from privacy.messages import Countersignature, encode
-from silo import commands, config, evaluation, export, gradients, membership, reading
-from silo.card import Origin, snippet
+from silo import commands, config, membership, reading
 from silo.config import Compute
 from silo.home import Home
+from silo.learning import evaluation, export, gradients
+from silo.learning.card import Origin, snippet
 from silo.settlement import load_progress
 from tests import sessions, tiny_models
 from tests.federation import HUB, signed_by_hub

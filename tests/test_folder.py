@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from aggregator import service
 from aggregator.mailbox import Mailbox
-from privacy import epoch, folder, log
+from privacy import folder
 from privacy.envelope import sign
 from privacy.errors import ConfigError, Equivocation, MachineError, Replay, TrustError
 from privacy.folder import Posted, Sent
 from privacy.messages import KINDS, Countersignature, EpochCall, encode
+from privacy.secure_sum import epoch
+from privacy.transparency import log
 from silo import config
 from silo.folder import FolderTransport
 from silo.transport import HttpTransport

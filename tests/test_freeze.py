@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.choice and privacy.freeze in share mode: which set follows from which lists, and what makes it certain."""
+"""secure_sum.choice and secure_sum.freeze in share mode: which set follows from which lists, and what makes it certain."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import choice, freeze, guardian_sum
 from privacy.errors import TrustError
-from privacy.freeze import Frozen
 from privacy.messages import Certificate, Close, Endorsement, Freeze, Header, Listing, encode
+from privacy.secure_sum import choice, freeze, guardian_sum
+from privacy.secure_sum.freeze import Frozen
 from tests.sharing import FIRST, ShareRound, an_epoch
 from tests.test_guardian_sum import Round
 from tests.test_guardian_sum import an_epoch as a_consent_epoch

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 
-from privacy.budget import MOST_ATTEMPTS
-from privacy.entries import Plan
+from privacy.dp.budget import MOST_ATTEMPTS
+from privacy.dp.entries import Plan
 from silo import reading
 from tests import crash
 from tests.crash import Others, Places

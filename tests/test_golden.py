@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privacy import envelope, guardian_sum, keys, log, notes, prg, proofs, shamir
-from privacy.entries import Reserve
+from privacy import envelope, prg
+from privacy.dp.entries import Reserve
+from privacy.dp.ledger import History, Ledger
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import LedgerBroken, TrustError
-from privacy.ledger import History, Ledger
-from privacy.mechanism import LatticeGaussian
+from privacy.identity import keys
 from privacy.messages import Consent, Signed, decode, encode
+from privacy.secure_sum import guardian_sum, shamir
+from privacy.transparency import log, notes, proofs
 from tests import by_the_page as page
 
 VECTORS = Path(__file__).parent / "vectors"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from privacy.dp.lattice import to_lattice
 from privacy.errors import ConfigError
-from privacy.lattice import to_lattice
-from silo.classifier import Classifier, build
-from silo.gradients import (
+from silo.learning.classifier import Classifier, build
+from silo.learning.gradients import (
     DUMMY,
     PhysicalBatch,
     Slot,
@@ -29,8 +29,8 @@ from silo.gradients import (
     rowwise_linear,
     unit_gradients,
 )
-from silo.invariance import check_invariance
-from silo.tokens import EncodedUnit
+from silo.learning.invariance import check_invariance
+from silo.learning.tokens import EncodedUnit
 from tests.tiny_models import MAX_LENGTH, MODULES, by_autograd, classifier, gradients, relative, state, terms, unit
 
 BITS = 14

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import ring
+from privacy.dp import ring
+from privacy.dp.grid import Grid, encode, finest
 from privacy.errors import ConfigError, SiloquyError
-from privacy.grid import Grid, encode, finest
 
 silo_counts = st.integers(1, 65_535)
 bounds = st.floats(1e-6, 1e6)

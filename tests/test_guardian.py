@@ -9,14 +9,15 @@ import shutil
 
 import pytest
 
-from privacy import envelope, keys
+from privacy import envelope
 from privacy.errors import Equivocation, Replay, TrustError
 from privacy.federation import GUARDIANS_FROM
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Freeze, Listing, Signed, decode, encode
-from silo.guardian import Guardian, party_of
-from silo.guarding import work
+from silo.guardians.guardian import Guardian, party_of
+from silo.guardians.guarding import work
+from silo.guardians.vows import Vows
 from silo.home import Home
-from silo.vows import Vows
 from silo.watch import Watch
 from tests.whole import PowerCut, Whole
 
@@ -29,7 +30,7 @@ CTX, OTHER = b"c" * 32, b"o" * 32
 @pytest.fixture(scope="module", autouse=True)
 def _quick_polls():
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         yield
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.guardian_sum in consent mode: exact sums, equal views for equal sums, and every refusal by name.
+"""privacy.secure_sum.guardian_sum in consent mode: exact sums, equal views for equal sums, and every refusal by name.
 
 A whole round runs in one process with real keys; ``Round`` can be bent at each step. Statistical tests use fixed keys, so
 they give the same figures on every run.
@@ -21,12 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import files, guardian_sum, keys, merkle, prg, ring
+from privacy import files, prg
+from privacy.dp import ring
 from privacy.envelope import seal, sign
-from privacy.epoch import PairChain
 from privacy.errors import Equivocation, TrustError
-from privacy.guardian_sum import Certified, Frozen
+from privacy.identity import keys
 from privacy.messages import Certificate, Consent, Freeze, Header, Release, Upload, decode, encode
+from privacy.secure_sum import guardian_sum, merkle
+from privacy.secure_sum.epoch import PairChain
+from privacy.secure_sum.guardian_sum import Certified, Frozen
 from tests.terms import seed
 from tests.test_epoch import Epoch, confirmed
 

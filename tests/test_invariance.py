@@ -13,12 +13,12 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from privacy.dp.lattice import sum_lattice, to_lattice
 from privacy.errors import PrivacyRefusal
-from privacy.lattice import sum_lattice, to_lattice
-from silo.classifier import Classifier, assemble
-from silo.gradients import PhysicalBatch
-from silo.invariance import check_invariance, probe
-from silo.tokens import EncodedUnit
+from silo.learning.classifier import Classifier, assemble
+from silo.learning.gradients import PhysicalBatch
+from silo.learning.invariance import check_invariance, probe
+from silo.learning.tokens import EncodedUnit
 from tests.tiny_models import MAX_LENGTH, MODULES, SIZES, classifier, encoder, gradients, terms, unit
 
 BITS = 14

@@ -16,11 +16,12 @@ import pytest
 
 from aggregator.journal import ROLLED_BACK, Journal
 from aggregator.store import Store
-from privacy import federation, files, log, notes
+from privacy import federation, files
 from privacy.errors import Equivocation, TrustError
-from privacy.keys import Identity
-from privacy.log import Leaf, Tiles
+from privacy.identity.keys import Identity
 from privacy.messages import Signed, Upload, decode, encode
+from privacy.transparency import log, notes
+from privacy.transparency.log import Leaf, Tiles
 from tests.terms import contract_bytes, seed
 
 TERMS = federation.parse(contract_bytes(3)).terms

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.keys and privacy.curve25519: identities, their files, and the keys that must be refused."""
+"""privacy.identity.keys and privacy.identity.curve25519: identities, their files, and the keys that must be refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import keys
-from privacy.curve25519 import check_dh_key, check_sign_key, verify_signature
 from privacy.errors import ConfigError, TrustError
+from privacy.identity import keys
+from privacy.identity.curve25519 import check_dh_key, check_sign_key, verify_signature
 
 FIELD = 2**255 - 19
 ORDER = 2**252 + 27742317777372353535851937790883648493

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from aggregator import commands as hub_commands
-from aggregator import report
-from privacy import keys
+from aggregator.reporting import report
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR_KINDS, KINDS
 from silo import session
 from silo.participation import participate

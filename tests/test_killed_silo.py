@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from privacy import keys
-from privacy.budget import MOST_ATTEMPTS
-from privacy.entries import Commit, Plan, Reserve, Void
+from privacy.dp.budget import MOST_ATTEMPTS
+from privacy.dp.entries import Commit, Plan, Reserve, Void
+from privacy.identity import keys
 from silo import reading
 from silo.upload import Persisted
 from tests import crash, sessions

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privacy import lattice
+from privacy.dp import lattice
+from privacy.dp.lattice import sum_lattice, to_lattice
 from privacy.errors import ConfigError
-from privacy.lattice import sum_lattice, to_lattice
 
 C, P = 0.5, 16
 BOUND = 2**P

@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import ledger as ledgers
-from privacy.entries import Begin, Commit, Plan, Reserve, Void
+from privacy.dp import ledger as ledgers
+from privacy.dp.entries import Begin, Commit, Plan, Reserve, Void
+from privacy.dp.ledger import History, Ledger
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import LedgerBroken, MachineError, PrivacyRefusal
-from privacy.ledger import History, Ledger
-from privacy.mechanism import LatticeGaussian
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
 OTHER = Ed25519PrivateKey.from_private_bytes(b"o" * 32)

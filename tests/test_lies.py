@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from aggregator import rounds
-from privacy import files, ledger, ring
+from privacy import files
+from privacy.dp import ledger, ring
 from privacy.errors import BudgetExhausted, ConfigError, LedgerBroken, PrivacyRefusal, TrustError
 from privacy.federation import Accepted, parse
-from privacy.guardian_sum import check_total
+from privacy.secure_sum.guardian_sum import check_total
 from silo import commands, keyring, membership
 from silo.config import Limits
 from silo.home import Home

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from aggregator import rounds
-from privacy import accounting, envelope, federation, grid, guardian_sum, noise, ring, update_rule
+from privacy import envelope, federation, update_rule
+from privacy.dp import accounting, grid, noise, ring
 from privacy.errors import MachineError, RoundError
 from privacy.federation import ring_plan, update_grid
 from privacy.messages import Outcome, Signed, decode
 from privacy.prg import Randomness
-from silo import local
+from privacy.secure_sum import guardian_sum
+from silo.learning import local
 from tests.federation import upload_of
 from tests.terms import contract_bytes
 from tests.whole import SILOS, Whole, contribution, noise_source

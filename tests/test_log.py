@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import federation, log, merkle, notes, proofs, tree
+from privacy import federation
 from privacy.errors import TrustError
-from privacy.log import Leaf, Tiles
 from privacy.messages import EMPTY_LOG, KINDS, Signed, Upload, decode, encode
-from privacy.tree import Tree
+from privacy.secure_sum import merkle
+from privacy.transparency import log, notes, proofs, tree
+from privacy.transparency.log import Leaf, Tiles
+from privacy.transparency.tree import Tree
 from tests.terms import contract_bytes, public, seed
 
 TERMS = federation.parse(contract_bytes(3)).terms

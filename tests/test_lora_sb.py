@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from privacy.errors import ConfigError
-from silo.basis import weights_basis
-from silo.lora_sb import LoraSb, attach, find_linear, matrix
+from silo.learning.basis import weights_basis
+from silo.learning.lora_sb import LoraSb, attach, find_linear, matrix
 
 M, N, R = 48, 40, 6
 

@@ -23,7 +23,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from privacy import files
 from privacy.errors import SiloquyError, TrustError
 from privacy.federation import GUARDIANS_FROM
-from privacy.freeze import digest_of_set
 from privacy.messages import (
     AGGREGATOR,
     Consent,
@@ -36,8 +35,9 @@ from privacy.messages import (
     Upload,
     decode,
 )
+from privacy.secure_sum.freeze import digest_of_set
+from silo.guardians.vows import Vows
 from silo.round import Settled
-from silo.vows import Vows
 from tests.malicious import SHARES, Spy, World, impatient, some
 from tests.whole import PowerCut
 

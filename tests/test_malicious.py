@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from privacy import federation, freeze, guardian_sum, notes
+from privacy import federation
 from privacy.errors import Equivocation, SiloquyError, TrustError
 from privacy.federation import GUARDIANS_FROM
 from privacy.messages import (
@@ -35,8 +35,10 @@ from privacy.messages import (
     decode,
     encode,
 )
+from privacy.secure_sum import freeze, guardian_sum
+from privacy.transparency import notes
+from silo.guardians.vows import Vows
 from silo.home import Home
-from silo.vows import Vows
 from tests.malicious import OtherLog, Spy, World, impatient
 
 G1, G2, G3, G4 = GUARDIANS = tuple(GUARDIANS_FROM + each for each in (1, 2, 3, 4))

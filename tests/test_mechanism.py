@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privacy.dp.mechanism import LatticeGaussian, adversaries
 from privacy.errors import NotCertified, PrivacyRefusal
-from privacy.mechanism import LatticeGaussian, adversaries
 
 FACTS = {"sampling_rate": 0.2, "lattice_bits": 16, "share_variance": 2**32, "shares": 4, "dimension": 1000, "steps": 75}
 

@@ -15,8 +15,8 @@ import pytest
 
 from privacy import chain
 from privacy.chain import Version
+from privacy.dp.ledger import History
 from privacy.errors import TrustError
-from privacy.ledger import History
 from privacy.messages import AGGREGATOR
 from silo import keyring
 from silo.home import Home

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.merkle against the reference roots of Certificate Transparency and a second implementation."""
+"""privacy.secure_sum.merkle against the reference roots of Certificate Transparency and a second implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.merkle import LEAF_BYTES, root, root_of_leaves
+from privacy.secure_sum.merkle import LEAF_BYTES, root, root_of_leaves
 from tests import by_the_page
 
 # certificate-transparency, merkletree/merkle_tree_test.cc: the same eight leaves and the roots of their prefixes.

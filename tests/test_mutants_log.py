@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy import federation, log, notes, proofs, tree
+from privacy import federation
 from privacy.errors import TrustError
 from privacy.messages import encode
-from privacy.notes import COSIGNATURE, ED25519, Checkpoint, Line, Note, VerifierKey
+from privacy.transparency import log, notes, proofs, tree
+from privacy.transparency.notes import COSIGNATURE, ED25519, Checkpoint, Line, Note, VerifierKey
 from tests.terms import contract_bytes, public, seed
 
 LEAVES = [proofs.leaf_hash(bytes([index])) for index in range(4)]

@@ -7,10 +7,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from privacy import curve25519, envelope, epoch, guardian_sum, keys, prg, signatures, slices
+from privacy import envelope, prg
 from privacy.errors import SiloquyError, TrustError
 from privacy.federation import Guardian
+from privacy.identity import curve25519, keys, signatures
 from privacy.messages import Close, Header, PairSeeds, encode
+from privacy.secure_sum import epoch, guardian_sum, slices
 from tests.terms import contract_bytes, public, seed
 from tests.test_epoch import confirmed
 from tests.test_guardian_sum import Round, an_epoch

@@ -65,16 +65,17 @@ def program(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_module_is_run_for_real() -> None:
     """One small module: every mutant is noticed."""
-    ran = program("-m", "tests.mutation", "privacy.xwing")
+    ran = program("-m", "tests.mutation", "privacy.identity.xwing")
     assert ran.returncode == 0, ran.stdout
-    count = len(mutation.mutants("m", mutation.source_of("privacy.xwing").read_text("utf-8")))
+    count = len(mutation.mutants("m", mutation.source_of("privacy.identity.xwing").read_text("utf-8")))
     assert ran.stdout.count("killed ") == count > 0
     assert f"{count} checks, 0 survived" in ran.stdout
 
 
 @pytest.mark.slow
 def test_a_check_that_no_test_holds_survives() -> None:
-    code = "mutation.TESTS['privacy.xwing'] = ('test_merkle',); raise SystemExit(mutation.main(['privacy.xwing']))"
+    name = "privacy.identity.xwing"
+    code = f"mutation.TESTS[{name!r}] = ('test_merkle',); raise SystemExit(mutation.main([{name!r}]))"
     ran = program("-c", f"from tests import mutation; {code}")
     assert ran.returncode == 1
     assert "SURVIVED" in ran.stdout
@@ -82,7 +83,7 @@ def test_a_check_that_no_test_holds_survives() -> None:
 
 
 def test_code_that_is_imported_already_is_refused() -> None:
-    ran = program("-c", "import privacy.merkle; from tests import mutation; raise SystemExit(mutation.main([]))")
+    ran = program("-c", "import privacy.secure_sum.merkle; from tests import mutation; raise SystemExit(mutation.main([]))")
     assert ran.returncode == 1
     assert "start this as a program" in ran.stderr
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
 
-from privacy import noise
+from privacy.dp import noise
+from privacy.dp.noise import MAX_VARIANCE, RevealedUniform, discrete_gaussian, exp_bounds
 from privacy.errors import ConfigError, MachineError
-from privacy.noise import MAX_VARIANCE, RevealedUniform, discrete_gaussian, exp_bounds
 from privacy.prg import Randomness
 
 LARGE = [1 << 17, 1 << 20, 1 << 23]

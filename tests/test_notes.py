@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privacy import notes
 from privacy.errors import TrustError
-from privacy.notes import COSIGNATURE, Checkpoint, Line, Note, VerifierKey
+from privacy.transparency import notes
+from privacy.transparency.notes import COSIGNATURE, Checkpoint, Line, Note, VerifierKey
 
 # golang.org/x/mod, sumdb/note, example_test.go: a signer, its verifier key and a note.
 GO_SEED = base64.b64decode("AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz")[1:]

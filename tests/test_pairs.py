@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aggregator import pairs
-from aggregator.pairs import LABELS, MAX_PER_FILE, Pair, collect
+from aggregator.simulation import pairs
+from aggregator.simulation.pairs import LABELS, MAX_PER_FILE, Pair, collect
 
 SOME = ("networkx", "rich", "sqlalchemy")
 
@@ -22,7 +22,7 @@ def found() -> list[Pair]:
 
 
 def test_the_same_environment_gives_the_same_pairs(found: list[Pair]) -> None:
-    code = f"from aggregator.pairs import collect; print(collect(200, libraries={SOME}))"
+    code = f"from aggregator.simulation.pairs import collect; print(collect(200, libraries={SOME}))"
     assert {python(code, seed) for seed in ("1", "2")} == {str(found)}
 
 
@@ -86,5 +86,6 @@ def test_a_library_that_is_missing_or_a_single_file_gives_nothing() -> None:
 
 
 def test_no_library_is_imported() -> None:
-    code = f"import sys; from aggregator.pairs import collect; collect(20, libraries={SOME}); print(set({SOME}) & set(sys.modules))"
+    code = f"from aggregator.simulation.pairs import collect; collect(20, libraries={SOME})"
+    code = f"import sys; {code}; print(set({SOME}) & set(sys.modules))"
     assert python(code) == "set()"

@@ -9,9 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from privacy import noise, update_rule
+from privacy import update_rule
+from privacy.dp import noise
 from privacy.federation import ring_plan
-from silo.training import Contribution
+from silo.learning.training import Contribution
 from tests import tiny_models
 from tests.whole import SILOS, Whole, noise_source
 

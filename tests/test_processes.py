@@ -14,11 +14,12 @@ import msgspec
 import pytest
 
 from aggregator import commands as hub_commands
-from aggregator import dealing
-from aggregator.processes import children
-from privacy import keys, ledger
-from privacy.entries import Reserve
+from aggregator.simulation import dealing
+from aggregator.simulation.processes import children
+from privacy.dp import ledger
+from privacy.dp.entries import Reserve
 from privacy.errors import PrivacyRefusal, RecordsError
+from privacy.identity import keys
 from silo import commands, reading
 from silo.upload import Persisted
 from tests import sessions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.proofs against the definition of RFC 6962, exhaustively for small trees, and every forgery that is cheap to try."""
+"""transparency.proofs against the definition of RFC 6962, exhaustively for small trees, and every forgery that is cheap to try."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import proofs
 from privacy.errors import TrustError
-from privacy.merkle import root_of_leaves
+from privacy.secure_sum.merkle import root_of_leaves
+from privacy.transparency import proofs
 
 MOST = 33
 LEAVES = [bytes([index]) for index in range(MOST)]

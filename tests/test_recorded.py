@@ -22,10 +22,13 @@ import pytest
 
 from aggregator import rounds
 from aggregator import verify as hub_verify
-from privacy import audit, envelope, freeze, guardian_sum, log, notes, shares, update_rule
+from privacy import envelope, update_rule
+from privacy.audit import whole
+from privacy.audit.evidence import Evidence
 from privacy.errors import TrustError
-from privacy.evidence import Evidence
 from privacy.messages import AGGREGATOR, Freeze, Header, Listing, Manifest, Outcome, Roster, Shares, Signed, Upload, decode, encode
+from privacy.secure_sum import freeze, guardian_sum, shares
+from privacy.transparency import log, notes
 from tests import by_the_page as page
 from tests.whole import PowerCut, Whole
 
@@ -238,14 +241,14 @@ def test_the_aggregators_documents_are_made_again_byte_for_byte(recorded, number
 
 
 def test_the_record_verifies_and_a_changed_byte_of_any_document_does_not(recorded, tmp_path):
-    from privacy.evidence import Entry
-    from privacy.findings import Slot
+    from privacy.audit.evidence import Entry
+    from privacy.audit.findings import Slot
 
     entries = []
     for slot, data, leaf, time in recorded.rows:
         (tmp_path / hashlib.sha256(data).hexdigest()).write_bytes(data)
         entries.append(Entry(slot=Slot(*slot), digest=page.h(data), size=len(data), time=time, leaf=leaf))
-    found = audit.audit(Evidence.indexed(tmp_path, entries), pinned=[recorded.accepted.digest.hex()])
+    found = whole.audit(Evidence.indexed(tmp_path, entries), pinned=[recorded.accepted.digest.hex()])
     assert found.holds, found.failed
     assert found.recomputed == (1, 2)
     for slot, data, _, _ in recorded.rows[::7]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from privacy.errors import RecordsError
 from privacy.federation import Privacy, Task
 from privacy.rows import MAX_LINE_BYTES, read_rows
-from silo.records import Record, Unit, check_enough, load
+from silo.learning.records import Record, Unit, check_enough, load
 
 KEY = bytes(range(32))
 TASK = Task(labels=("no", "yes"), max_length=16)

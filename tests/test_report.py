@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aggregator import report, wording
-from privacy import keys
+from aggregator.reporting import report, wording
 from privacy.errors import MachineError, TrustError
+from privacy.identity import keys
 from tests.sample_report import COORDINATOR, contract, make, run, sample, seed
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "report.md"

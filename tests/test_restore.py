@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 
-from privacy import keys, log, notes
-from privacy.entries import Commit, Reserve, Void
+from privacy.dp.entries import Commit, Reserve, Void
 from privacy.errors import BudgetExhausted, Equivocation, LedgerBroken, TrustError
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Header, Signed, Upload, decode
+from privacy.transparency import log, notes
 from silo import config, restoring
 from silo.home import Home
 from tests import crash, test_guardian
@@ -29,7 +30,7 @@ LOST = 2
 def _quick_polls():
     """Silos and guardians look again after 50 ms; what they do then is the same."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         yield
 

@@ -10,16 +10,20 @@ import pytest
 
 from aggregator import admission, commands, revision
 from aggregator.journal import Journal
-from privacy import accounting, audit_budget, audit_epoch, federation, folder, keys, log, notes
-from privacy.audit_log import check_log
-from privacy.audit_round import RoundFacts
-from privacy.budget import Limits
+from privacy import federation, folder
+from privacy.audit import check_budget, check_epoch
+from privacy.audit.check_log import check_log
+from privacy.audit.check_round import RoundFacts
+from privacy.audit.findings import Findings, Slot
 from privacy.chain import Lineage
+from privacy.dp import accounting
+from privacy.dp.budget import Limits
 from privacy.errors import ConfigError, TrustError
 from privacy.federation import parse
-from privacy.findings import Findings, Slot
-from privacy.keys import Identity
+from privacy.identity import keys
+from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR
+from privacy.transparency import log, notes
 from silo import keyring
 from silo import verify as silo_verify
 from silo.folder import FolderTransport
@@ -236,7 +240,7 @@ def test_a_fingerprint_does_not_unbind_a_silo_from_its_contract(finished, tmp_pa
     town = Town(tmp_path, *NAMES)
     town.sign()
     town.join(*NAMES)
-    whose = keys.fingerprint(audit_epoch.aggregator_of(finished.accepted.terms))
+    whose = keys.fingerprint(check_epoch.aggregator_of(finished.accepted.terms))
     found = silo_verify.verify(town.silo("a").root, folder=finished.home.root, fingerprint=whose)
     assert "joined" in {check.what for check in found.failed}
 
@@ -249,7 +253,7 @@ def test_epsilon_over_two_versions_is_the_filters():
     first = parse(contract_bytes(3))
     second = parse(contract_bytes(3, version=2, previous=first.digest.hex(), privacy={"noise_multiplier": 3.0}))
     facts = [RoundFacts(number=n, how="void", charged=(1,), stood=(), accepted=each) for n, each in ((1, first), (2, second))]
-    one, both = audit_budget.spent(facts)
+    one, both = check_budget.spent(facts)
     events = [federation.mechanism(each.terms, rounds=1) for each in (first, second)]
     delta = first.terms.privacy.delta
     assert one.insiders == accounting.certify(events[:1], delta).epsilon
@@ -275,14 +279,14 @@ def test_a_report_is_signed_in_the_contracts_suite(tmp_path):
     whole = Whole.create(tmp_path / "whole", signatures=keys.HYBRID)
     record, _ = commands.write_report(whole.home.root, tmp_path / "report", sample_report.sample())
     data, signature = record.read_bytes(), record.with_name("report.json.sig").read_bytes()
-    audit_budget._check_signature(data, signature, whole.accepted)
+    check_budget._check_signature(data, signature, whole.accepted)
     with pytest.raises(TrustError):
-        audit_budget._check_signature(data, signature[:128], whole.accepted)
+        check_budget._check_signature(data, signature[:128], whole.accepted)
     whole.close()
 
 
 FIGURES = {
-    "guarantee": {"adversaries": [{"name": name, "spent": {"epsilon": 2.0}} for name in audit_budget.ADVERSARIES]},
+    "guarantee": {"adversaries": [{"name": name, "spent": {"epsilon": 2.0}} for name in check_budget.ADVERSARIES]},
     "accounting": {"spent": {"epsilon": 2.0}},
     "silos": [{"spent": {"epsilon": 2.0}}, {"spent": {"epsilon": 1.0}}],
 }
@@ -292,9 +296,9 @@ def failing(**changes):
     """The questions about epsilon that fail on a report with these tables, of a federation that spent 2."""
     accepted = parse(contract_bytes(3))
     found = Findings(Shelf({}))
-    figures = [audit_budget.Spent(round=1, rounds_charged=1, delta=1e-5, outside=2.0, insiders=2.0, sum_broken=2.0)]
+    figures = [check_budget.Spent(round=1, rounds_charged=1, delta=1e-5, outside=2.0, insiders=2.0, sum_broken=2.0)]
     record = msgspec.json.encode({**FIGURES, **changes})
-    audit_budget.compare_report(found, record, None, accepted=accepted, figures=figures, rounds=[])
+    check_budget.compare_report(found, record, None, accepted=accepted, figures=figures, rounds=[])
     return {check.what for check in found.checks if check.status == "failed" and check.what.startswith("epsilon")}
 
 
@@ -305,12 +309,12 @@ def test_every_epsilon_of_a_silo_is_held_to_what_was_spent():
     assert failing(silos=[*FIGURES["silos"], {"spent": {}}]) == {"epsilon insiders"}
     rows = FIGURES["guarantee"]["adversaries"]
     twice = {"adversaries": [{"name": "insiders", "spent": {"epsilon": 0.1}}, *rows]}
-    assert failing(guarantee=twice) == {f"epsilon {name}" for name in audit_budget.ADVERSARIES}
+    assert failing(guarantee=twice) == {f"epsilon {name}" for name in check_budget.ADVERSARIES}
     for odd in (10**19, True, "2", None, [2.0]):
         changed = [{"name": row["name"], "spent": {"epsilon": odd}} for row in rows]
         assert len(failing(guarantee={"adversaries": changed})) == 3
     with pytest.raises(TrustError):
-        audit_budget._check_figure(10**400, "insiders", 1.0)
+        check_budget._check_figure(10**400, "insiders", 1.0)
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------------------

@@ -12,14 +12,17 @@ import httpx2
 import msgspec
 import pytest
 
-from privacy import choice, epoch, federation, keys, log, notes, shares
+from privacy import federation
 from privacy.envelope import sign
 from privacy.errors import ConfigError, TrustError
 from privacy.federation import GUARDIANS_FROM
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Listing, Manifest, PairSeeds, Roster, encode
-from privacy.notes import Checkpoint
-from silo.guardian import Guardian
-from silo.guardian_round import Epoch as Working
+from privacy.secure_sum import choice, epoch, shares
+from privacy.transparency import log, notes
+from privacy.transparency.notes import Checkpoint
+from silo.guardians.guardian import Guardian
+from silo.guardians.guardian_round import Epoch as Working
 from silo.home import Home
 from silo.session import Epoch
 from silo.transport import MOST_BYTES, HttpTransport
@@ -35,7 +38,7 @@ from tests.whole import Whole, together
 
 @pytest.fixture(autouse=True)
 def _quick_polls(monkeypatch):
-    for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+    for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
         monkeypatch.setattr(name, 0.05)
 
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import ring
+from privacy.dp import ring
+from privacy.dp.noise import discrete_gaussian
+from privacy.dp.ring import Plan, clamp, encode, lift, plan
 from privacy.errors import ConfigError, SiloquyError
-from privacy.noise import discrete_gaussian
 from privacy.prg import Randomness
-from privacy.ring import Plan, clamp, encode, lift, plan
 
 USUAL = {"silos": 5, "shares": 4, "dimension": 294_912, "sampling_rate": 0.2, "units": 11_000, "noise_multiplier": 5.3}
 

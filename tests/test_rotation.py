@@ -12,9 +12,10 @@ import pytest
 from aggregator import enrolment, revision, versions
 from aggregator.draft import entries
 from aggregator.store import Store
-from privacy import chain, files, keys
+from privacy import chain, files
+from privacy.dp.ledger import History, Ledger
 from privacy.errors import ConfigError, Equivocation, LedgerBroken, SiloquyError, TrustError
-from privacy.ledger import History, Ledger
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR
 from silo import commands, key_commands, keyring, membership, succession
 from silo.config import Limits

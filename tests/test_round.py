@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 
 from aggregator import admission, rounds
-from privacy import envelope, federation, files, guardian_sum, keys, ledger, log, notes, ring, update_rule
-from privacy.budget import Gate, Limits
-from privacy.entries import Commit
+from privacy import envelope, federation, files, update_rule
+from privacy.dp import ledger, ring
+from privacy.dp.budget import Gate, Limits
+from privacy.dp.entries import Commit
 from privacy.errors import BudgetExhausted, Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Acknowledgement, decode, encode
-from privacy.tree import Tree
+from privacy.secure_sum import guardian_sum
+from privacy.transparency import log, notes
+from privacy.transparency.tree import Tree
 from privacy.update_rule import State
 from silo import config, membership, participation, session, settlement
 from silo.home import Home

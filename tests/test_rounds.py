@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from aggregator import rounds, versions
-from privacy import envelope, guardian_sum, update_rule
+from privacy import envelope, update_rule
 from privacy.errors import ConfigError, RoundError, TrustError
 from privacy.federation import ring_plan
 from privacy.messages import AGGREGATOR, Manifest, Outcome, Signed, decode, encode
-from privacy.notes import Checkpoint
+from privacy.secure_sum import guardian_sum
+from privacy.transparency.notes import Checkpoint
 from tests.federation import START, Federation, signed_by_hub, silo_identity, upload_of
 
 HEAD = Checkpoint(origin="test-federation/log", size=7, root=b"r" * 32)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from privacy.errors import ConfigError
 from privacy.prg import Randomness
-from silo.sampling import poisson, threshold
+from silo.learning.sampling import poisson, threshold
 
 
 class Given:

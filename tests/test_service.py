@@ -16,10 +16,10 @@ import httpx2
 import pytest
 
 from aggregator import service
-from privacy import log, notes
 from privacy.envelope import sign
 from privacy.errors import MachineError, Replay
 from privacy.messages import Countersignature, decode, encode
+from privacy.transparency import log, notes
 from silo.transport import HttpTransport
 from tests.federation import START, Federation, signed_by_hub, silo_identity
 

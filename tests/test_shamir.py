@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.shamir against a second field implementation, exhaustively where it is small, and what fewer shares say: nothing."""
+"""secure_sum.shamir against a second field implementation, exhaustively where it is small, and what fewer shares say: nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import shamir
 from privacy.errors import TrustError
+from privacy.secure_sum import shamir
 
 
 def peasant(a: int, b: int) -> int:

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from privacy.entries import Void
+from privacy.dp.entries import Void
 from privacy.messages import AGGREGATOR, Outcome, Signed, decode
 from tests.whole import PowerCut, Whole
 
@@ -20,7 +20,7 @@ FOUR = (1, 2, 3, 4)
 def _quick_polls():
     """Silos and guardians look again after 50 ms; what they do then is the same."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         yield
 

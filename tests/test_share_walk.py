@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import silo.round
-from aggregator import admission
-from privacy import federation, ring
-from privacy.entries import Commit, Reserve, Void
+from aggregator import admission, sizes
+from privacy import federation
+from privacy.dp import ring
+from privacy.dp.entries import Commit, Reserve, Void
 from privacy.errors import RoundError, TrustError
 from privacy.messages import AGGREGATOR, Outcome, Signed, decode
 from tests.whole import Power, PowerCut, View, Whole, flips
@@ -24,7 +25,7 @@ GUARDIAN_KINDS = ("guardian-note", "list", "endorsement", "shares", "close")
 @pytest.fixture(scope="module", autouse=True)
 def _quick_polls():
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         yield
 
@@ -96,7 +97,7 @@ def without_one(tmp_path_factory):
         return np.zeros(state.theta.size, dtype=np.int64)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         spy = Spy(patch)
         whole.run(1, contribute=nothing)
@@ -156,7 +157,7 @@ def logged(made, tmp_path_factory):
     slots = [("contract", 1, AGGREGATOR), *(("countersignature", 1, s) for s in FOUR)]
     first = [(slot, whole.store.get(*slot)) for slot in slots]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guarding.POLL_S", "silo.session.POLL_S"):
+        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
             patch.setattr(name, 0.05)
         whole.run(1)
     return first + whole.store.log
@@ -183,8 +184,8 @@ def test_every_guardians_document_is_admitted_where_it_stood_and_no_other_one_is
 def test_caps_hold_every_document_and_not_much_more(logged, made):
     for (kind, _, party), data in logged:
         if party != AGGREGATOR:
-            assert len(data) <= admission.cap(kind, made.accepted), kind
-    assert admission.cap("close", made.accepted) < 1000
+            assert len(data) <= sizes.cap(kind, made.accepted), kind
+    assert sizes.cap("close", made.accepted) < 1000
 
 
 def test_consents_and_releases_have_no_place_in_share_mode(logged):

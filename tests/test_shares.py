@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.shares: whole rounds with silos that go, what guardians may give away, and every lie by its name."""
+"""privacy.secure_sum.shares: whole rounds with silos that go, what guardians may give away, and every lie by its name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from privacy import envelope, guardian_sum, keys, proofs, shamir, shares
+from privacy import envelope
 from privacy.errors import TrustError
-from privacy.freeze import Certified, Frozen
+from privacy.identity import keys
 from privacy.messages import Freeze, Shares, Upload
-from privacy.shares import Received
+from privacy.secure_sum import guardian_sum, shamir, shares
+from privacy.secure_sum.freeze import Certified, Frozen
+from privacy.secure_sum.shares import Received
+from privacy.transparency import proofs
 from tests.sharing import FIRST, HUB, Made, ShareRound, an_epoch, payload_of
 
 GUARDS = tuple(FIRST + k for k in range(5))
@@ -439,7 +442,7 @@ def test_what_is_left_of_a_missing_silos_upload_stays_uniform() -> None:
     secrets = a_round.secrets(certified)
     assert set(secrets.pair_keys) == {(i, 4) for i in (1, 2, 3, 5)}
     from privacy import prg
-    from privacy.masking import pair_mask
+    from privacy.secure_sum.masking import pair_mask
 
     rest = a_round.made[4].y.copy()
     for (i, _), key in secrets.pair_keys.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""privacy.signatures: two halves over the same bytes, both of which must verify; and what becomes of one without the other."""
+"""identity.signatures: two halves over the same bytes, both of which must verify; and what becomes of one without the other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from privacy import envelope, keys, signatures
+from privacy import envelope
 from privacy.errors import ConfigError, TrustError
+from privacy.identity import keys, signatures
 from privacy.messages import Countersignature, Signed, decode, encode
 from tests.whole import SILOS, Whole
 

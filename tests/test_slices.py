@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import guardian_sum, prg, slices
+from privacy import prg
 from privacy.errors import TrustError
-from privacy.keys import expand
+from privacy.identity.keys import expand
 from privacy.messages import Header
+from privacy.secure_sum import guardian_sum, slices
 
 CTX = b"r" * 32
 SEGMENT = slices.SEGMENT_WORDS

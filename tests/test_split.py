@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.split import deal
+from aggregator.simulation.split import deal
 from privacy.errors import ConfigError, RecordsError
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from privacy.errors import ConfigError
 from privacy.federation import Task
-from silo.records import Record, Unit
-from silo.tokens import EncodedUnit, encode
+from silo.learning.records import Record, Unit
+from silo.learning.tokens import EncodedUnit, encode
 
 ONE = Task(labels=("no", "yes"), max_length=12)
 TWO = Task(labels=("no", "yes"), max_length=12, text_pair=True)

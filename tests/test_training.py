@@ -15,15 +15,17 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from privacy import base_model, ring, update_rule
+from privacy import base_model, update_rule
+from privacy.dp import ring
 from privacy.errors import ConfigError, MachineError
 from privacy.federation import parse, ring_plan
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo import config, training
-from silo.classifier import assemble
+from silo import config
 from silo.home import Home
-from silo.training import Contribution
+from silo.learning import training
+from silo.learning.classifier import assemble
+from silo.learning.training import Contribution
 from tests import tiny_models
 from tests.sessions import rows, tiny_model, write_rows
 from tests.terms import contract_bytes
@@ -183,7 +185,7 @@ def test_an_adapter_that_does_nothing_is_found():
 
 def test_nothing_about_the_records_is_logged(terms, units, caplog, capfd):
     with caplog.at_level(logging.DEBUG):
-        logging.getLogger("silo.training").debug("heard")
+        logging.getLogger("silo.learning.training").debug("heard")
         contribution(terms, units, {0, 1, 2})(at(terms.dimension))
     assert [r.getMessage() for r in caplog.records] == ["heard"]  # of any logger, the root among them
     assert capfd.readouterr() == ("", "")

@@ -8,11 +8,11 @@ import sqlite3
 
 import pytest
 
-from privacy import log, notes
 from privacy.errors import Equivocation, TrustError
-from privacy.log import Leaf, Tiles
 from privacy.messages import AGGREGATOR, decode, encode
-from privacy.tree import Tree
+from privacy.transparency import log, notes
+from privacy.transparency.log import Leaf, Tiles
+from privacy.transparency.tree import Tree
 from silo.home import Home
 from tests.whole import SILOS, Whole, together
 

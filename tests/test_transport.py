@@ -13,8 +13,9 @@ import json
 import httpx2
 import pytest
 
-from privacy import envelope, epoch, errors
+from privacy import envelope, errors
 from privacy.messages import EpochCall, encode
+from privacy.secure_sum import epoch
 from silo import transport
 from silo.transport import HttpTransport
 from tests.federation import START, Federation, signed_by_hub, silo_identity

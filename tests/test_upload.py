@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privacy import federation, noise, ring
+from privacy import federation
+from privacy.dp import noise, ring
 from privacy.errors import MachineError
 from privacy.prg import Randomness
 from silo import upload

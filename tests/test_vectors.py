@@ -16,9 +16,11 @@ import cryptography_vectors
 import pytest
 from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
 
-from privacy import curve25519, envelope, keys, notes, proofs, signatures, tree
+from privacy import envelope
 from privacy.errors import TrustError
-from privacy.notes import VerifierKey
+from privacy.identity import curve25519, keys, signatures
+from privacy.transparency import notes, proofs, tree
+from privacy.transparency.notes import VerifierKey
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors"
 HPKE_VECTORS = Path(cryptography_vectors.__file__).parent / "HPKE" / "hpke-pq-test-vectors.json"

@@ -20,9 +20,12 @@ from aggregator.store import Row
 from cli import aggregator as aggregator_cli
 from cli import errors
 from cli import silo as silo_cli
-from privacy import audit, files, keys, log
+from privacy import files
+from privacy.audit.findings import Slot
+from privacy.audit.whole import Verdict
 from privacy.errors import ConfigError, MachineError
-from privacy.findings import Slot
+from privacy.identity import keys
+from privacy.transparency import log
 from silo import verify as silo_verify
 from silo.home import Home
 from tests.whole import Whole
@@ -49,7 +52,7 @@ def whole(original, tmp_path) -> Whole:
     return copied
 
 
-def named(found: audit.Verdict) -> set[Slot]:
+def named(found: Verdict) -> set[Slot]:
     return {check.slot for check in found.failed}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every view that a server may show to each guardian in a small federation, and what it learns: with certificates, one sum.
 
-The guardians' answers come from the code that guardians run (privacy.freeze, privacy.shares, silo.guardian); tests/views.py puts
+The guardians' answers come from the code that guardians run (freeze, shares, guardian); tests/views.py puts
 them together for all strategies. Negative controls show that the checker sees: without certificates, and with one guardian
 put back to an earlier state, it finds strategies that isolate one silo.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checker of tests/views.py over what the real guardian code does: silo.guardian_round with its promises on a real disk.
+"""The checker of tests/views.py over what the real guardian code does: guardians.guardian_round with its promises on a real disk.
 
 For each honest guardian every set that a server can have proposed to it, and then a certificate for every set, whether or not
 that certificate could exist; after a restart also a second proposal. What it endorses and gives away is read from the documents
@@ -15,13 +15,14 @@ from itertools import combinations_with_replacement, product
 
 import pytest
 
-from privacy import envelope, federation, guardian_sum, shares
+from privacy import envelope, federation
 from privacy.errors import SiloquyError
-from privacy.freeze import Certified
 from privacy.messages import Certificate, Endorsement, Manifest, Signed, Upload, decode, encode
-from silo.guardian_round import Epoch, Post, Round
+from privacy.secure_sum import guardian_sum, shares
+from privacy.secure_sum.freeze import Certified
+from silo.guardians.guardian_round import Epoch, Post, Round
+from silo.guardians.vows import Vows
 from silo.home import Home
-from silo.vows import Vows
 from tests.sharing import HUB, ShareRound, build_epoch, payload_of, share_terms
 from tests.views import Vector, is_one_sum_of, learned, opened, release_of, sets
 

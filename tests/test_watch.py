@@ -8,13 +8,14 @@ import json
 
 import pytest
 
-from privacy import federation, files, log, notes
+from privacy import federation, files
 from privacy.errors import Equivocation, TrustError
-from privacy.keys import Identity
-from privacy.log import Leaf
+from privacy.identity.keys import Identity
 from privacy.messages import encode
-from privacy.notes import VerifierKey
-from privacy.tree import Tree
+from privacy.transparency import log, notes
+from privacy.transparency.log import Leaf
+from privacy.transparency.notes import VerifierKey
+from privacy.transparency.tree import Tree
 from silo import watch
 from silo.home import Home
 from silo.watch import Watch

@@ -14,8 +14,8 @@ import pytest
 
 import silo.round
 from aggregator import admission
-from privacy import envelope, guardian_sum, keys, prg
-from privacy.budget import Limits
+from privacy import envelope, prg
+from privacy.dp.budget import Limits
 from privacy.errors import (
     BudgetExhausted,
     ConfigError,
@@ -26,7 +26,8 @@ from privacy.errors import (
     TrustError,
 )
 from privacy.federation import parse
-from privacy.keys import expand, u32
+from privacy.identity import keys
+from privacy.identity.keys import expand, u32
 from privacy.messages import (
     AGGREGATOR,
     AGGREGATOR_KINDS,
@@ -37,6 +38,7 @@ from privacy.messages import (
     decode,
     encode,
 )
+from privacy.secure_sum import guardian_sum
 from silo import membership, session
 from silo.home import Home
 from silo.round import Rounds

@@ -10,9 +10,9 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 
 from privacy.federation import Contract, parse
-from silo.classifier import Classifier, Precision, assemble
-from silo.gradients import Tape, pack, unit_gradients
-from silo.tokens import EncodedUnit, Row
+from silo.learning.classifier import Classifier, Precision, assemble
+from silo.learning.gradients import Tape, pack, unit_gradients
+from silo.learning.tokens import EncodedUnit, Row
 from tests.terms import contract_bytes
 
 MAX_LENGTH = 40

@@ -24,10 +24,13 @@ from aggregator import config as places
 from aggregator.board import Board
 from aggregator.coordinator import Coordinator, coordinating
 from aggregator.store import Store
-from privacy import envelope, federation, keys, ledger, log
-from privacy.budget import Gate, Limits
+from privacy import envelope, federation
+from privacy.dp import ledger
+from privacy.dp.budget import Gate, Limits
+from privacy.identity import keys
 from privacy.messages import AGGREGATOR
 from privacy.prg import Randomness
+from privacy.transparency import log
 from silo import config, membership, session
 from silo.home import Home
 from silo.participation import participate

@@ -30,26 +30,16 @@ from aggregator.config import Config as HubConfig
 from aggregator.config import Home as HubHome
 from aggregator.config import commented
 from benchmarks.summing import Made, SharesSum
-from privacy import (
-    envelope,
-    evidence,
-    federation,
-    folder,
-    freeze,
-    keys,
-    ledger,
-    log,
-    messages,
-    notes,
-    rows,
-    shares,
-    update_rule,
-    weights,
-)  # fmt: skip
+from privacy import envelope, federation, folder, messages, rows, update_rule, weights
+from privacy.audit import evidence
+from privacy.dp import ledger
+from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import SiloquyError
-from privacy.freeze import Certified
-from privacy.mechanism import LatticeGaussian
+from privacy.identity import keys
 from privacy.messages import Wire
+from privacy.secure_sum import freeze, shares
+from privacy.secure_sum.freeze import Certified
+from privacy.transparency import log, notes  # fmt: skip
 from silo import config, home, transport, upload
 from silo.home import Home, Progress
 from tests.terms import contract_bytes, public, seed

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compliance report: its facts, its words, its pictures, its files."""

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate of one silo: may this attempt run, what is spent, what is left, what would more rounds cost?
+
+Composing rule: everything on the silo's ledger composes, whatever the contract, run, round or outcome. Parallel credit for
+runs over disjoint sets of units is not taken yet.
+
+- A *plan* is declared before its first step and certified as a whole (the smaller of PLD and RDP); stopping early is free.
+- As soon as a second contract has charged the ledger, its parameters may have been chosen after releases of the first were
+  seen. Then an RDP filter at one order decides (``accounting.certify_adaptive``); the order follows from the limits alone.
+  A limit that is raised later moves the order too: raise it before a run, not because of what a run showed.
+
+Promised: nothing is admitted that brings the certified epsilon of all reserved attempts above the limit, and an admitted
+attempt is on the disk before ``admit`` returns. Not promised: that the mechanism is run as declared (``lattice``,
+``noise``), nor that the ledger is the newest copy (``ledger.check_receipt``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from privacy.dp import accounting
+from privacy.dp.accounting import Certificate
+from privacy.dp.entries import Commit, Reserve, Void
+from privacy.dp.ledger import History, Ledger
+from privacy.dp.mechanism import LatticeGaussian
+from privacy.errors import BudgetExhausted, PrivacyRefusal
+
+MOST_ATTEMPTS = 3
+"""Attempts at one round that one ledger is charged for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that may be spent on any unit of this silo, over all runs.
+
+    ``delta`` is the one in which figures are stated. ``filter_delta`` is the silo's own limit where a contract states a smaller
+    one: the filter's order must be the same under every contract on the ledger.
+
+    Raises:
+        PrivacyRefusal: epsilon is not a positive number, or delta not inside (0, 1).
+    """
+
+    epsilon: float
+    delta: float
+    filter_delta: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
+            raise PrivacyRefusal(
+                f"limits are epsilon {self.epsilon} and delta {self.delta}, they must be positive and delta below 1",
+                hint="correct [limits] in silo.toml",
+            )
+
+    @functools.cached_property
+    def filter_order(self) -> int:
+        """The Renyi order at which this limit holds the most unsampled Gaussian steps; a function of the limit alone."""
+
+        def room(order: int) -> float:
+            return (self.epsilon - accounting.conversion(order, self.filter_delta or self.delta)) / order
+
+        return max(accounting.INTEGER_ORDERS, key=room)
+
+
+class Account:
+    """What a ledger has spent under some limits, and what a plan would add. Reads only.
+
+    Args:
+        history: the silo's ledger, or a copy that was read.
+        limits: the silo's limits, in whose delta every figure is stated.
+        plan: the contract's mechanism for all its declared steps, at the shares that insiders cannot subtract.
+        contract: hex digest of the contract.
+        steps_per_attempt: how many of those steps one attempt at a round is charged for.
+        fewest: u_min, the silos in a sum for which ``plan`` counts its shares; None where every silo stands in every sum, or
+            where their number does not change what a silo is charged (local mode).
+    """
+
+    def __init__(
+        self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int,
+        fewest: int | None = None,
+    ) -> None:  # fmt: skip
+        self._history = history
+        self._fewest = fewest
+        self._limits = limits
+        self._plan = plan
+        self._contract = contract
+        self._steps_per_attempt = steps_per_attempt
+
+    def spent(self) -> Certificate:
+        """The certified cost of everything ever reserved on this ledger.
+
+        Formal guarantees: epsilon bounds the composition of all reserved attempts, void and failed ones included.
+        """
+        return self._with(0)
+
+    def stood(self) -> Certificate:
+        """What ``spent`` comes to with the noise that stood: each committed attempt at the shares of its own sum.
+
+        At most ``spent``, and shown beside it only: who stood was not fixed beforehand, so nothing may be planned on it. An attempt
+        without a commit, or whose sum nobody counted, is taken as it was reserved.
+        """
+        stood = {
+            (body.round, body.attempt): body.silos
+            for body in self._history.entries
+            if isinstance(body, Commit) and body.silos is not None and body.contract == self._contract
+        }
+        steps: dict[LatticeGaussian, int] = {}
+        for body in self._history.entries:
+            if isinstance(body, Reserve):
+                silos = stood.get((body.round, body.attempt)) if body.contract == self._contract else None
+                one = body.mechanism.with_steps(1)
+                if silos is not None and self._fewest is not None:
+                    one = one.with_shares(one.shares + max(0, silos - self._fewest))
+                steps[one] = steps.get(one, 0) + body.mechanism.steps
+        return self._certified([one.with_steps(count) for one, count in steps.items()], more=0)
+
+    @property
+    def left(self) -> float:
+        """The limit less what is spent; 0 when nothing is left. Epsilons do not add: ask ``forecast`` what fits."""
+        return max(0.0, self._limits.epsilon - self.spent().epsilon)
+
+    @property
+    def steps_left(self) -> int:
+        """How many private steps of this contract's plan are not charged yet."""
+        return max(0, self._plan.steps - self._used())
+
+    @property
+    def attempts_left(self) -> int:
+        """How many whole attempts of this contract's plan are not charged yet."""
+        return self.steps_left // self._steps_per_attempt
+
+    def forecast(self, rounds: Iterable[int]) -> list[tuple[int, float]]:
+        """(n, certified epsilon) after n more attempts of this plan, for each n; never refuses."""
+        return [(more, self._with(more * self._steps_per_attempt).epsilon) for more in rounds]
+
+    def _used(self) -> int:
+        return sum(event.steps for event in self._history.charged(self._contract))
+
+    def _with(self, more: int) -> Certificate:
+        """Everything charged and ``more`` steps of this plan: by PLD while all is of one contract, else by the filter."""
+        return self._certified(self._history.charged(), more=more)
+
+    def _certified(self, events: list[LatticeGaussian], *, more: int) -> Certificate:
+        contracts = {body.contract for body in self._history.entries if isinstance(body, Reserve)}
+        if more:
+            events.append(self._plan.with_steps(more))
+            contracts.add(self._contract)
+        if len(contracts) <= 1:
+            return accounting.certify(events, self._limits.delta)
+        return accounting.certify_adaptive(events, self._limits.delta, order=self._limits.filter_order)
+
+
+class Gate(Account):
+    """Decides, before any record is read, whether a plan may start and whether an attempt may run; writes what it allows.
+
+    Formal guarantees:
+        - a refusal leaves the ledger as it was;
+        - an attempt is reserved on the disk, all its steps, before ``admit`` returns, and stays charged;
+        - the certified epsilon of everything reserved never passes ``limits.epsilon`` (meeting it exactly is allowed);
+        - no more steps than the plan has are admitted under a contract.
+    """
+
+    def __init__(
+        self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int,
+        fewest: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(ledger, limits, plan=plan, contract=contract, steps_per_attempt=steps_per_attempt, fewest=fewest)
+        self._ledger = ledger
+        self._fits: tuple[LatticeGaussian, ...] | None = None
+
+    def declare(self, *, run: str = "") -> Certificate:
+        """The cost of everything charged with the whole plan; the plan is on the ledger from here on. Safe to repeat.
+
+        Raises:
+            BudgetExhausted: that cost is above the limit.
+            PrivacyRefusal: another plan was declared under this contract.
+        """
+        known = self._ledger.plan(self._contract)
+        if known is not None and known.mechanism != self._plan:
+            raise PrivacyRefusal(
+                f"this contract was declared with {known.mechanism.steps} steps, now its plan is another of {self._plan.steps}",
+                hint="a changed plan needs a new contract", code="plan-changed", contract=self._contract,
+            )
+        cost = self._with(self.steps_left)
+        if known is None:
+            self._require_within(cost.epsilon)
+            self._ledger.declare(
+                contract=self._contract, run=run, mechanism=self._plan, epsilon=self._limits.epsilon, delta=self._limits.delta
+            )
+        return cost
+
+    def admit(self, round: int, attempt: bytes) -> int:
+        """Charge one attempt at ``round`` on the disk; the number of ledger entries, for the signed upload.
+
+        Raises:
+            BudgetExhausted: the plan is used up, or the attempt would pass the limit. Nothing was written.
+            PrivacyRefusal: no such plan was declared, this attempt is charged already, or the round was attempted too often: a
+                failure that comes back at every start must not burn the plan.
+        """
+        known = self._ledger.plan(self._contract)
+        if known is None or known.mechanism != self._plan:
+            raise PrivacyRefusal(
+                f"round {round} has no plan on the ledger that says {self._plan.steps} steps with these parameters",
+                hint="declare the plan first", code="plan-missing", round=round,
+            )
+        if self.attempts_left < 1:
+            each = self._steps_per_attempt
+            raise BudgetExhausted(
+                f"round {round} would be attempt {self._used() // each + 1}, the plan has {self._plan.steps // each}",
+                hint="stop here, or agree on a new contract", code="plan-used-up", round=round, plan=self._plan.steps,
+            )
+        made = len(self._ledger.attempts(self._contract, round))
+        if made >= MOST_ATTEMPTS:
+            raise PrivacyRefusal(
+                f"round {round} was attempted {made} times, at most {MOST_ATTEMPTS} are made",
+                hint="find out why no attempt left this machine; the round ends at its deadline, the next one is fresh",
+                code="too-many-attempts", round=round,
+            )
+        self._require_fit(round)
+        self._ledger.reserve(
+            contract=self._contract, round_number=round, attempt=attempt.hex(),
+            mechanism=self._plan.with_steps(self._steps_per_attempt),
+        )
+        return self._ledger.counter
+
+    def settle(self, round: int, outcome: Literal["result", "void"], *, silos: int | None = None) -> None:
+        """Note how ``round`` ended, once; nothing is given back. A round without an attempt here leaves no trace as a result.
+
+        Args:
+            silos: how many stood in the sum, this silo among them; 0 when it was left out; None when it goes without saying.
+        """
+        place = (self._contract, round)
+        if any(isinstance(body, Commit | Void) and (body.contract, body.round) == place for body in self._ledger.entries):
+            return
+        attempts = self._ledger.attempts(self._contract, round)
+        if outcome == "void":
+            self._ledger.void(contract=self._contract, round_number=round, reason="the round closed without a result")
+        elif attempts and silos == 0:
+            self._ledger.void(contract=self._contract, round_number=round, reason="the sum was made without this silo")
+        elif attempts:
+            self._ledger.commit(contract=self._contract, round_number=round, attempt=attempts[-1], silos=silos)
+
+    def _require_fit(self, round_number: int) -> None:
+        """Nothing, when one more attempt stays within the limit; by the whole plan where that fits, else by itself."""
+        reserved = (body for body in self._ledger.entries if isinstance(body, Reserve))
+        past = tuple(body.mechanism for body in reserved if body.contract != self._contract)
+        if self._fits == past:
+            return
+        if self._with(self.steps_left).epsilon <= self._limits.epsilon:
+            # Fewer steps of the same mechanism cost less: until another contract charges, every attempt of the plan fits.
+            self._fits = past
+            return
+        after = self._with(self._steps_per_attempt).epsilon
+        if not after <= self._limits.epsilon:
+            raise BudgetExhausted.for_round(
+                round_number=round_number, epsilon_after=after, limit=self._limits.epsilon, delta=self._limits.delta
+            )
+
+    def _require_within(self, epsilon: float) -> None:
+        if not epsilon <= self._limits.epsilon:
+            raise BudgetExhausted(
+                f"the plan of {self._plan.steps} steps would bring epsilon to {epsilon:.4g}, "
+                f"the limit is {self._limits.epsilon:.4g} (delta {self._limits.delta:g})",
+                hint="plan fewer rounds or more noise, or raise [limits] epsilon after your data protection officer agrees",
+                epsilon_after=epsilon, limit=self._limits.epsilon, delta=self._limits.delta, steps=self._plan.steps,
+            )

