@@ -40,10 +40,11 @@ from privacy.messages import (
     Release,
     Shares,
     Signed,
+    SumClaim,
     Upload,
     decode,
 )
-from privacy.secure_sum import freeze, guardian_sum, shares
+from privacy.secure_sum import audits, freeze, guardian_sum, shares
 from privacy.secure_sum.guardian_sum import Frozen
 from privacy.transparency import log
 
@@ -82,7 +83,8 @@ def admit(kind: Kind, number: int, party: int, data: bytes, view: Documents) -> 
         _GUARDIANS_STEPS[kind](number, _guardian(accepted, party), data, view, accepted)
         return
     member = _member(accepted, party)
-    if kind not in _STEPS or (accepted.terms.shared and kind in ("consent", "release")):
+    absent = {*(("consent", "release") if accepted.terms.shared else ()), *(() if accepted.terms.sliced else ("verdict",))}
+    if kind not in _STEPS or kind in absent:
         raise _no_such_step(kind, accepted)
     _STEPS[kind](number, member, data, view, accepted)
 
@@ -99,7 +101,9 @@ def _cosignature(number: int, party: int, data: bytes, view: Documents, accepted
 
 def _countersignature(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
     _expect("countersignature", member, "contract version", number, accepted.terms.version)
-    chain.open_countersignature(data, accepted, member, before=versions.published(view, number - 1))
+    if versions.is_passed_over(view, accepted):
+        raise _settled("contract version", number)
+    chain.open_countersignature(data, accepted, member, before=next(reversed(versions.before(view, accepted)), None))
 
 
 def _epoch_note(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
@@ -189,6 +193,16 @@ def _release(number: int, member: Member, data: bytes, view: Documents, accepted
     _expect("release", member, "sealed size", len(stated.sealed), sizes.SEED_BYTES)
 
 
+def _verdict(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
+    opened = _open_round(number, view, accepted)
+    body = rounds.own(view, accepted, "claim", number, opened.context)
+    frozen = _frozen(opened, view, accepted)
+    if body is None or frozen is None:
+        raise _too_early(f"a verdict of silo {member.id} before the claim of round {number}")
+    claimed = audits.check_claim(body, frozen, certificate=decode(body, SumClaim).certificate, terms=accepted.terms)
+    audits.check_verdict(data, member, claimed, epoch_ctx=opened.context)
+
+
 def _acknowledgement(number: int, member: Member, data: bytes, view: Documents, accepted: Accepted) -> None:
     opened = rounds.round_in(view, accepted, number)
     body = None if opened is None else rounds.own(view, accepted, "outcome", number, opened.context)
@@ -260,7 +274,8 @@ _GUARDIANS_STEPS: Final[dict[Kind, Callable[[int, Guardian, bytes, Documents, Ac
 }  # fmt: skip
 _STEPS: Final[dict[Kind, Callable[[int, Member, bytes, Documents, Accepted], None]]] = {
     "countersignature": _countersignature, "epoch-note": _epoch_note, "pair-seeds": _pair_seeds, "confirmation": _confirmation,
-    "upload": _upload, "consent": _consent, "release": _release, "acknowledgement": _acknowledgement,
+    "upload": _upload, "consent": _consent, "release": _release, "verdict": _verdict,
+    "acknowledgement": _acknowledgement,
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 
 Promised: the same statement for the same slot is accepted any number of times, also after the round is settled, so a retry
 never fails, and the first one stands; other ones are refused by name, and only their owner's signature can accuse an owner of
-equivocation. Waiting is the caller's. The coordinator does not come through here: it writes its own documents into the store.
+equivocation. A refusal that the document's owner answers for is written down, for the log (aggregator.refusals). Waiting is the
+caller's. The coordinator does not come through here: it writes its own documents into the store.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Literal
 
-from aggregator import versions
+from aggregator import refusals, versions
 from aggregator.admission import published
 from aggregator.sizes import cap
 from aggregator.store import Store
@@ -47,8 +48,12 @@ class Board:
         found = self._store.entry(kind, number, party)
         if found is not None and (found.digest == hashlib.sha256(data).digest() or self._says(kind, number, party, data)):
             return "same"
-        self._admission(kind, number, party, data, self._store)
-        return self._store.put_once(kind, number, party, data, received_at=self._clock())
+        try:
+            self._admission(kind, number, party, data, self._store)
+            return self._store.put_once(kind, number, party, data, received_at=self._clock())
+        except TrustError as error:
+            refusals.note(self._store, kind, number, party, data, error, now=self._clock())
+            raise
 
     def _says(self, kind: Kind, number: int, party: int, data: bytes) -> bool:
         """Whether the document that stands makes this very statement: an ML-DSA signature over it is another one each time."""
@@ -65,9 +70,17 @@ class Board:
         """Whether the slot is taken; cheap, for polling."""
         return self._store.entry(kind, number, party) is not None
 
+    def changes(self) -> int | None:
+        """A number that is another one once somebody has written; None where the database cannot say."""
+        return self._store.changes()
+
     def get(self, kind: Kind, number: int, party: int) -> bytes | None:
         """The document, or None. Raises TrustError when the evidence is damaged."""
         return self._store.get(kind, number, party)
+
+    def part(self, kind: Kind, number: int, party: int, start: int, size: int) -> bytes | None:
+        """Some bytes of a document, or None when it is not there or shorter; see Store.part."""
+        return self._store.part(kind, number, party, start, size)
 
     def cap(self, kind: Kind) -> int:
         """The most bytes a member's document of this kind may have.

@@ -8,7 +8,6 @@ private key; ``serve`` never does.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,23 +19,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from aggregator import admission, enrolment, revision, rounds, versions
+from aggregator import admission, enrolment, revision, versions
 from aggregator.board import Board
 from aggregator.config import Home
 from aggregator.coordinator import Coordinator, coordinating
 from aggregator.desk import Event
 from aggregator.draft import Terms
-from aggregator.reporting import compliance, report
+from aggregator.reporting import compliance, gathering, logged, no_guarantee, report
+from aggregator.reporting.record import Scalar
 from aggregator.store import Store
 from privacy import base_model
-from privacy.errors import ConfigError
+from privacy.dp import unprotected
+from privacy.errors import ConfigError, MachineError
 from privacy.federation import Accepted, Model
 from privacy.identity import keys
-from privacy.messages import AGGREGATOR
 
-_SENT_IN_A_ROUND = (
-    "cosignature", "upload", "list", "consent", "endorsement", "release", "shares", "close", "acknowledgement",
-)  # fmt: skip
 _SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec")
 
 
@@ -148,12 +145,14 @@ def add_guardian(root: Path, public: Path) -> dict[str, Any]:
     return {"guardian": guardian.id, "name": guardian.name, "organisation": guardian.organisation, "fingerprint": shown}
 
 
-def revise(root: Path, *, rounds: int | None = None, expires: str = "", signatures: str = "") -> dict[str, Any]:
+def revise(
+    root: Path, *, rounds: int | None = None, expires: str = "", signatures: str = "", give_up: bool = False
+) -> dict[str, Any]:
     """Begin the draft of the contract's next version."""
     with opened(root) as at:
         identity = keys.load(at.home.identity_path)
         newest, version = revision.revise(
-            at.home, identity, at.store, rounds=rounds, expires=expires, signatures=signatures
+            at.home, identity, at.store, rounds=rounds, expires=expires, signatures=signatures, give_up=give_up
         )
     return {"version": version, "previous": newest.digest.hex(), "draft": str(at.home.draft_path)}
 
@@ -169,8 +168,9 @@ def sign(root: Path) -> dict[str, Any]:
         "silos": accepted.terms.silos,
         "noise_multiplier": plan.noise_multiplier,
         "lattice_bits": plan.lattice_bits,
-        "epsilon": plan.epsilon,
-        "delta": plan.delta,
+        "epsilon": plan.epsilon or None,
+        "delta": plan.delta or None,
+        **({} if accepted.terms.is_private else {"epsilon_none": unprotected.IN_WORDS}),
         "mode": accepted.terms.training.mode,
         "rounds": accepted.terms.training.rounds,
         "steps_per_round": accepted.terms.training.steps_per_round,
@@ -213,40 +213,54 @@ def status(root: Path) -> dict[str, Any]:
         return Board(at.store, admission.admit, time.time).status()
 
 
-def build_report(root: Path, extra: dict[str, compliance.Scalar] | None = None) -> compliance.Report:
-    """The facts of the report, from the documents on the board.
+def build_report(root: Path, extra: dict[str, Scalar] | None = None) -> no_guarantee.AnyReport:
+    """The facts of the report, from the documents on the board; without differential privacy the one that says so.
 
     Raises:
-        ConfigError: rounds were opened under an earlier version: a report knows one contract's terms.
+        ConfigError: there is no differential privacy, and rounds were opened under an earlier version.
     """
     with opened(root) as at:
-        accepted, settled = at.accepted, _settled(at)
-        _check_one_version(at, accepted)
-        last = settled[-1].state_digest if settled else _initial_state(accepted)
-        return compliance.facts(
-            accepted,
-            rounds=settled,
-            upload_bytes=bytes_per_silo_and_round(at, settled),
-            lora_bytes=_lora_bytes(at),
-            state_digest=last,
-            generated_at=int(time.time()),
-            software=software(),
-            extra={**(extra or {}), **({"simulated": True} if _facts_at_start(at.home).get("simulated") else {})},
-            still_open=_still_open(at),
-        )
+        accepted, ended = at.accepted, gathering.settled(at.store)
+        earlier = gathering.earlier(at.store, accepted)
+        known: dict[str, Any] = {
+            "rounds": ended,
+            "upload_bytes": gathering.bytes_per_silo_and_round(ended),
+            "lora_bytes": _lora_bytes(at),
+            "state_digest": ended[-1].state_digest if ended else gathering.initial_state(accepted, earlier),
+            "generated_at": int(time.time()),
+            "software": software(),
+            "extra": {**(extra or {}), **({"simulated": True} if _facts_at_start(at.home).get("simulated") else {})},
+            "still_open": gathering.still_open(at.store),
+        }
+        if not accepted.terms.is_private:
+            gathering.check_one_version(accepted, ended)
+            return no_guarantee.facts(accepted, sets=gathering.sets(at.store, ended), **known)
+        return compliance.facts(accepted, earlier=earlier, **known)
 
 
-def write_report(root: Path, folder: Path, facts: compliance.Report) -> tuple[Path, Path]:
-    """Write the report, signed with the aggregator's keys in the suite of the contract; the paths of record and page."""
+def write_report(root: Path, folder: Path, facts: no_guarantee.AnyReport) -> tuple[Path, Path]:
+    """Put the report's digest into the log, and write the report, signed in the suite of the contract; its record and page.
+
+    The same facts as before are the same report: no second leaf, and the record as it was made then.
+    """
     with opened(root) as at:
-        suite = at.accepted.terms.signatures
-    return report.write(facts, folder, sign=keys.load(Home(root).identity_path).under(suite).sign)
+        identity, accepted = keys.load(at.home.identity_path), at.accepted
+        signer = identity.under(accepted.terms.signatures)
+        facts = logged.publish(at.store, signer, accepted, facts, now=time.time())
+        _renew_head(at, identity)
+    return report.write(facts, folder, sign=signer.sign)
 
 
-def bytes_per_silo_and_round(at: Opened, settled: Sequence[compliance.RoundFacts]) -> int:
-    """What one silo sent in one round, all its documents together: the mean over silos and complete rounds, rounded up."""
-    sent = [each.bytes_in / len(each.participants) for each in settled if each.kind == "result"]
-    return -int(-sum(sent) // len(sent)) if sent else 0
+def _renew_head(at: Opened, identity: keys.Identity) -> None:
+    """Show a head over all that stands; a coordinator that is at work does that itself."""
+    try:
+        with coordinating(
+            at.home, store=at.store, identity=identity, clock=time.time, sleep=time.sleep, progress=lambda event: None
+        ) as coordinator:
+            coordinator.renew_head()
+    except MachineError as error:
+        if error.code != "busy":
+            raise
 
 
 def software() -> dict[str, str]:
@@ -255,64 +269,9 @@ def software() -> dict[str, str]:
     return {**versions, "python": platform.python_version(), "machine": platform.machine()}
 
 
-def _initial_state(accepted: Accepted) -> str:
-    """Hex digest of the state before round 1."""
-    from privacy import update_rule
-
-    return update_rule.initial(accepted.terms).digest.hex()
-
-
 def in_a_year() -> str:
     """The default expiry of a new contract, ISO 8601."""
     return (datetime.now(UTC) + timedelta(days=365)).date().isoformat()
-
-
-def _check_one_version(at: Opened, accepted: Accepted) -> None:
-    for number in range(1, (at.store.latest("manifest") or 0) + 1):
-        under = versions.of_round(at.store, number)
-        if under is not None and under.digest != accepted.digest:
-            raise ConfigError(
-                f"round {number} stands under version {under.terms.version} of the contract, in force is {accepted.terms.version}",
-                hint="`aggregator verify` gives epsilon over all versions; each `silo status` what its own ledger holds",
-                code="report-versions",
-            )  # fmt: skip
-
-
-def _settled(at: Opened) -> list[compliance.RoundFacts]:
-    accepted, found = at.accepted, []
-    for number in range(1, (at.store.latest("outcome") or 0) + 1):
-        opened_round = rounds.round_in(at.store, accepted, number)
-        ended = None if opened_round is None else rounds.outcome_in(at.store, accepted, opened_round)
-        entry = at.store.entry("outcome", number, AGGREGATOR)
-        if opened_round is None or ended is None or entry is None:
-            continue
-        body, outcome = ended
-        found.append(
-            compliance.RoundFacts(
-                number=number,
-                kind=outcome.kind,
-                reason=outcome.reason,
-                opened_at=opened_round.manifest.opened_at,
-                closed_at=entry.received_at,
-                participants=at.store.parties("upload", number),
-                outcome_digest=hashlib.sha256(body).hexdigest(),
-                state_digest=outcome.next_state.hex(),
-                bytes_in=_bytes_in(at, number),
-                stood=len(outcome.seeds) if accepted.terms.shared else None,
-            )
-        )
-    return found
-
-
-def _still_open(at: Opened) -> tuple[int, ...]:
-    """Silos whose upload to the round that has not ended is here."""
-    number = at.store.latest("upload") or 0
-    return at.store.parties("upload", number) if number > (at.store.latest("outcome") or 0) else ()
-
-
-def _bytes_in(at: Opened, number: int) -> int:
-    entries = (at.store.entry(kind, number, silo) for kind in _SENT_IN_A_ROUND for silo in at.store.parties(kind, number))
-    return sum(entry.size for entry in entries if entry is not None)
 
 
 def _lora_bytes(at: Opened) -> int:

@@ -7,7 +7,7 @@ promised: an end before the silos answer or a deadline passes.
 
 from __future__ import annotations
 
-from aggregator import rounds
+from aggregator import audits, rounds
 from aggregator.desk import Desk, Vectors
 from aggregator.rounds import Round
 from privacy.messages import AGGREGATOR, Outcome
@@ -34,7 +34,8 @@ def summed(desk: Desk, opened: Round, state: State, seal_seed: bytes) -> tuple[O
         return rounds.ABSENT
     seeds = _seeds(desk, opened, certified, seal_seed)
     vectors = Vectors(desk, frozen.headers, seal_seed, opened)
-    return rounds.result(desk.accepted, opened, state, certified, guardian_sum.unmask(vectors, seeds, certified), seeds, vectors)
+    total = guardian_sum.unmask(vectors, seeds, certified)
+    return audits.result(desk, opened, state, certified, total, vectors, seeds)
 
 
 def _freeze(desk: Desk, opened: Round, seal_seed: bytes) -> Frozen:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from aggregator import consent, rounds, shares, states, versions
+from aggregator import consent, refusals, rounds, shares, states, versions
 from aggregator.config import Home
 from aggregator.desk import Desk, Event
 from aggregator.epochs import Epochs
@@ -29,7 +29,7 @@ from privacy import update_rule
 from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
 from privacy.federation import Accepted, Contract
 from privacy.identity.keys import Identity
-from privacy.messages import AGGREGATOR, Outcome
+from privacy.messages import AGGREGATOR, Kind, Outcome, Wire
 from privacy.secure_sum import guardian_sum
 from privacy.transparency import log
 from privacy.transparency.notes import Checkpoint
@@ -70,8 +70,9 @@ class Coordinator:
         self._desk = Desk(store=store, identity=signer, accepted=accepted, clock=clock, sleep=sleep, progress=progress)
         former = _former(store, accepted)
         self._journal = Journal(
-            home.log_folder, store=store, identity=identity, terms=accepted.terms, clock=clock, former=former
-        )
+            home.log_folder, store=store, identity=identity, terms=accepted.terms, clock=clock, former=former,
+            before_head=lambda: refusals.publish(store, self.say),
+        )  # fmt: skip
         self._epochs = Epochs(self._desk)
         self._reached: tuple[int, State] | None = None
 
@@ -86,6 +87,14 @@ class Coordinator:
         """Whether a newer version of the contract stands and no round is open: it is in force for a coordinator that starts now."""
         now = versions.in_force(self._store)
         return now is not None and now.digest != self._accepted.digest
+
+    def say(self, kind: Kind, number: int, message: Wire) -> None:
+        """Publish a document that belongs to no round, under the contract at work here."""
+        self._desk.publish(kind, number, self._accepted.digest, message)
+
+    def renew_head(self) -> Checkpoint:
+        """Show a head of the log that covers all that stands now (Journal.renew)."""
+        return self._journal.renew()
 
     def ensure_countersigned(self) -> None:
         """Return when every member countersigned the contract.

@@ -18,6 +18,8 @@ BASIS: Final = "weights"
 SCALE: Final = 4.0
 LEARNING_RATE: Final = 0.04
 MAX_GRAD_NORM: Final = 1.0
+GENEROUS_GRAD_NORM: Final = 10.0
+"""Where there is no noise, and clipping only keeps sums inside the ring."""
 SAMPLING_RATE: Final = 0.25
 EPSILON: Final = 8.0
 MAX_LENGTH: Final = 64

@@ -23,7 +23,8 @@ AUTO: Final = "auto"
 class Terms:
     """What a draft starts from; a ``noise_multiplier`` or ``lattice_bits`` of None is computed when it is signed.
 
-    ``warmup_rounds`` and ``decay_rounds`` of None are the usual ones for so many rounds.
+    ``warmup_rounds`` and ``decay_rounds`` of None are the usual ones for so many rounds. ``without_privacy``: no noise and no
+    figure of a guarantee; ``noise_multiplier``, ``epsilon`` and ``delta`` are then not looked at.
     """
 
     name: str
@@ -59,9 +60,11 @@ class Terms:
     deadline_s: int = 600
     two_silos_see_each_other: bool = False
     protocol: str = "consent"
+    audit: str = AUTO
     dropouts: int = 0
     corrupt_guardians: int | None = None
     signatures: str = ED25519
+    without_privacy: bool = False
 
 
 def draft(terms: Terms, aggregator: PublicIdentity) -> str:
@@ -183,10 +186,40 @@ final_fraction = 0.0
 
 
 def _privacy(terms: Terms) -> str:
+    return _without_privacy(terms) if terms.without_privacy else _with_privacy(terms)
+
+
+def _without_privacy(terms: Terms) -> str:
+    bits = quote(AUTO) if terms.lattice_bits is None else str(terms.lattice_bits)
+    return f"""\
+[privacy]
+# NO DIFFERENTIAL PRIVACY. No noise is added: everybody who takes part sees the exact sum of each block of silos, and records can be
+# reconstructed from such sums. Each silo must say with a word of its own that it takes part in this.
+off = "no differential privacy"
+# Whose gradients are clipped together: one record, or all records with one value of this field. It hides nobody.
+unit = {quote(terms.unit)}
+# A rounded public number of units per silo (the largest silo), agreed without counting records exactly.
+units = {terms.units}
+# Further records of one unit are not used.
+max_records_per_unit = {terms.max_records_per_unit}
+# q: the chance with which each unit enters a step.
+sampling_rate = {terms.sampling_rate!r}
+# C: each unit's gradient is clipped to this L2 norm, for the sums must fit the ring; a generous one clips next to nothing.
+max_grad_norm = {terms.max_grad_norm!r}
+# t_c: how many silos may work together with the aggregator.
+colluders = {terms.colluders}
+# p: the clipping norm is 2^p lattice steps; "auto": the finest that fits the ring.
+lattice_bits = {bits}
+"""
+
+
+def _with_privacy(terms: Terms) -> str:
     sigma = quote(CALIBRATE) if terms.noise_multiplier is None else repr(terms.noise_multiplier)
     bits = quote(AUTO) if terms.lattice_bits is None else str(terms.lattice_bits)
     return f"""\
 [privacy]
+# Empty here. "no differential privacy" takes all noise and every guarantee away: docs/concepts/privacy.md; every silo must say yes.
+off = ""
 # Whose presence is hidden: one record, or all records with one value of this field.
 unit = {quote(terms.unit)}
 # A rounded public number of units per silo (the largest silo), agreed without counting records exactly.
@@ -211,6 +244,7 @@ lattice_bits = {bits}
 
 
 def _sum(terms: Terms) -> str:
+    blocks = quote(AUTO) if terms.without_privacy else "[]"
     corrupt = quote(AUTO) if terms.corrupt_guardians is None and terms.protocol == "shares" else str(terms.corrupt_guardians or 0)
     return f"""\
 [sum]
@@ -220,8 +254,11 @@ protocol = {quote(terms.protocol)}
 dropouts = {terms.dropouts}
 # T, with shares: how many guardians may work against everybody; "auto": by the table in docs/spec/guardian-sum.md.
 corrupt_guardians = {corrupt}
-# With shares, and without noise: groups of member ids; a sum is then over whole groups.
-blocks = []
+{_BLOCKS[terms.without_privacy]}
+blocks = {blocks}
+# Who sums again before the model moves: "whole", every silo everything; "slices", some silos each MiB of the sum; "auto": whole
+# up to ten members.
+audit = {quote(terms.audit)}
 ring_bits = 32
 # As many rounds in a row (at least one) that end void, or with a sum beyond its bounds, stop the federation.
 max_void_rounds = {terms.max_void_rounds}
@@ -230,6 +267,13 @@ deadline_s = {terms.deadline_s}
 # Only with two members: each then learns the other's update from the sum.
 two_silos_see_each_other = {_bool(terms.two_silos_see_each_other)}
 """
+
+
+_BLOCKS = {
+    False: "# With shares, and without noise: groups of member ids; a sum is then over whole groups.",
+    True: "# Groups of member ids, each at least as large as any sum: only whole groups are summed, as long as this chain lasts;\n"
+    '# "auto": as many as there can be when this is signed, one of all members in consent mode.',
+}
 
 
 def _who(aggregator: PublicIdentity) -> str:

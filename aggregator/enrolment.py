@@ -6,20 +6,21 @@ computed (``noise_multiplier = "calibrate"``, ``lattice_bits = "auto"``), checks
 ``contract/v<n>.toml`` and publishes them. Promised: a signed plan costs at most its own epsilon, by certified accounting; a
 member's key was shown to be in its holder's possession; signing again after a crash publishes the same bytes. Not promised:
 that a key belongs to the organisation it names: compare fingerprints over another channel. Version v+1 (aggregator.revision) is
-signed once v is countersigned by all its members, and only if it follows v (privacy.chain).
+signed once v is countersigned by all its members, or passes v over, and only if it follows (privacy.chain).
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from aggregator import guardians, versions
+from aggregator import blocks, guardians, versions
 from aggregator.config import Config, Database, Home, Listen
 from aggregator.draft import AUTO, CALIBRATE, Terms, draft, entry
 from aggregator.store import Store
@@ -82,7 +83,8 @@ def _added(home: Home, introduced: PublicMember) -> Member:
             return member
     _refuse_taken(introduced, [terms.aggregator, *terms.member])
     known = lineage(home, terms.version - 1)
-    ids = [member.id for member in terms.member] + [party for party in (known.holders if known else ()) if party < GUARDIANS_FROM]
+    ever = [member for each in (known.every if known else ()) for member in each.terms.member]  # also in versions passed over
+    ids = [member.id for member in (*terms.member, *ever) if member.id < GUARDIANS_FROM]
     member = stated(introduced, terms, (known.id_of(introduced.name) if known else None) or max(ids, default=0) + 1)
     files.write_atomic(home.draft_path, (text.rstrip("\n") + "\n" + entry(member)).encode())
     return member
@@ -132,7 +134,9 @@ def add_guardian(home: Home, public: bytes) -> Guardian:
     met = keys.read_public(public)
     with home.locked():
         text, terms = open_draft(home)
-        guardian, table = guardians.introduced(met, terms)
+        known = lineage(home, terms.version - 1)
+        former = {guardian.name: guardian.id for each in (known.every if known else ()) for guardian in each.terms.guardian}
+        guardian, table = guardians.introduced(met, terms, former)
         files.write_atomic(home.draft_path, (text.rstrip("\n") + "\n" + table).encode())
         return guardian
 
@@ -191,10 +195,16 @@ def _check_follows(store: Store, accepted: Accepted) -> None:
         )  # fmt: skip
     if newest is None:
         return
-    check_countersigned(store, newest)
     known = versions.lineage(store)
-    if known is not None:
-        known.extended(accepted)
+    if known is None:
+        return
+    before = known.extended(accepted).before
+    check_countersigned(store, before or newest)
+    if terms.in_force and versions.is_countersigned(store, newest):
+        raise ConfigError(
+            f"the draft says that version {newest.terms.version} never took effect, and all its members signed it",
+            hint="begin the draft again: `aggregator revise`", code="in-force",
+        )  # fmt: skip
 
 
 def check_countersigned(store: Store, newest: Accepted) -> None:
@@ -204,12 +214,12 @@ def check_countersigned(store: Store, newest: Accepted) -> None:
         missing = [member.name for member in newest.terms.member if member.id not in signed]
         raise ConfigError(
             f"version {newest.terms.version} is not countersigned by {', '.join(missing)}",
-            hint="each runs `silo join`; a version can only follow one that all its members signed", code="not-countersigned",
+            hint="each runs `silo join`; or give the version up: `aggregator revise --give-up`", code="not-countersigned",
         )  # fmt: skip
 
 
 def complete(text: str) -> str:
-    """The draft with its guardians named, its noise multiplier calibrated and its lattice bits chosen; the rest as it stands.
+    """The draft with its guardians named, its noise multiplier calibrated, its lattice bits and blocks chosen; else as it stands.
 
     Raises:
         ConfigError: the draft does not parse, or no noise multiplier fits the ring.
@@ -223,18 +233,20 @@ def complete(text: str) -> str:
             code="contract",
         )
     text = _with_guardians(text)
-    calibrated, chosen = _is_open(text, "noise_multiplier", CALIBRATE), _is_open(text, "lattice_bits", AUTO)
+    calibrated = terms.is_private and _is_open(text, "noise_multiplier", CALIBRATE)
+    chosen = _is_open(text, "lattice_bits", AUTO)
     sigma = _calibrated(terms, None if chosen else terms.privacy.lattice_bits) if calibrated else terms.privacy.noise_multiplier
     plan = federation.ring_plan_at(terms, noise_multiplier=sigma, lattice_bits=None if chosen else terms.privacy.lattice_bits)
     return _filled(text, sigma, plan.lattice_bits)
 
 
 def _with_guardians(text: str) -> str:
-    return guardians.completed(text, raw_terms(text))
+    """The draft with everything that follows from its members: guardians, and blocks where they are open."""
+    return blocks.completed(guardians.completed(text, raw_terms(text)), raw_terms(text))
 
 
 def check_plan(terms: Contract) -> float:
-    """The certified epsilon of the whole plan, at most the contract's own.
+    """The certified epsilon of the whole plan, at most the contract's own; infinite where it says that there is no privacy.
 
     Raises:
         BudgetExhausted: it is more.
@@ -242,6 +254,8 @@ def check_plan(terms: Contract) -> float:
     """
     from privacy.dp import accounting
 
+    if not terms.is_private:
+        return math.inf
     spent = accounting.certify([federation.mechanism(terms)], terms.privacy.delta).epsilon
     if spent > terms.privacy.epsilon:
         raise BudgetExhausted(
@@ -280,7 +294,7 @@ def _calibrated(terms: Contract, bits: int | None) -> float:
 
 def raw_terms(text: str) -> Contract:
     """The draft's values, not yet checked against each other; open places read as 1."""
-    filled = guardians.filled(_filled(text, 1.0, 1), 0)
+    filled = blocks.filled(guardians.filled(_filled(text, 1.0, 1), 0), ())
     empty = "" if re.search(r"(?m)^\[\[member\]\]", text) else "member = []\n"
     try:
         return msgspec.toml.decode(empty + filled, type=Contract)

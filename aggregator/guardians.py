@@ -9,7 +9,7 @@ for more all members, of which about a third may.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from aggregator.draft import AUTO, quote
 from privacy.errors import ConfigError
@@ -58,17 +58,21 @@ def completed(text: str, terms: Contract) -> str:
     return filled(text.rstrip("\n") + "\n" + tables, corrupt)
 
 
-def introduced(public: PublicMember, terms: Contract) -> tuple[Guardian, str]:
+def introduced(public: PublicMember, terms: Contract, former: Mapping[str, int] | None = None) -> tuple[Guardian, str]:
     """The guardian that an ``identity.pub`` introduces, with the next free id, and its table; an empty one when it is there.
+
+    Args:
+        former: the ids of guardians of earlier versions, by name: they are kept, and given to nobody else.
 
     Raises:
         ConfigError: its name or key stands in the draft as another's, or the draft has no guardians.
     """
     if not terms.shared:
         raise ConfigError("this draft has no guardians", hint='write protocol = "shares" in [sum]', code="contract")
-    who = public.under(terms.signatures)
+    who, ever = public.under(terms.signatures), dict(former or {})
+    ids = (*ever.values(), *(each.id for each in terms.guardian))
     made = Guardian(
-        id=max((each.id for each in terms.guardian), default=GUARDIANS_FROM) + 1, name=public.name,
+        id=ever.get(public.name, max(ids, default=GUARDIANS_FROM) + 1), name=public.name,
         organisation=public.organisation, sign_key=who.sign_key.hex(), ml_dsa_key=(who.ml_dsa_key or b"").hex(),
     )  # fmt: skip
     for each in (terms.aggregator, *terms.guardian, *terms.member):

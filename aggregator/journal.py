@@ -43,14 +43,15 @@ class Journal:
         folder: where the log's files lie; created when missing.
         clock: Unix seconds.
         former: the terms of the contract's earlier versions: what their parties cosigned last counts still.
+        before_head: puts into the store what must be in a new head; called before each.
     """
 
     def __init__(
         self, folder: Path, *, store: Store, identity: Identity, terms: Contract, clock: Callable[[], float],
-        former: Sequence[Contract] = (),
+        former: Sequence[Contract] = (), before_head: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self._folder, self._store, self._identity, self._terms, self._clock = folder, store, identity, terms, clock
-        self._former = former
+        self._former, self._before_head = former, before_head
         self._tree = Tree()
         self._leaves: list[bytes] = []
         files.make_folder(folder)
@@ -67,14 +68,27 @@ class Journal:
         raw = self._store.get("checkpoint", number, AGGREGATOR)
         before = self._read()
         if raw is None:
-            head = self._grow(before)
-            note = notes.signed(head.text, name=head.origin, seed=self._identity.sign_seed)
+            head, note = self._next(before)
             self._store.put_once("checkpoint", number, AGGREGATOR, note.to_bytes(), received_at=self._clock())
             self._show(note)
             return head
         if self._shown_size() < before.size:  # killed before it was shown
             self._show(notes.parse(raw))
         return log.open_checkpoint(notes.parse(raw), self._terms, self._former)
+
+    def renew(self) -> Checkpoint:
+        """A head of all that stands now, in ``log/checkpoint`` and in no slot: for what comes when no round is to follow.
+
+        Nobody cosigns it; the head of the next round, which is cosigned, continues it.
+
+        Raises:
+            TrustError: the table does not continue the head that was signed last.
+            MachineError: the disk refuses.
+        """
+        head, note = self._next(self._read())
+        if head.size > self._shown_size():
+            self._show(note)
+        return head
 
     def head(self, number: int) -> Checkpoint | None:
         """The same head once a quorum cosigned it, which is then published; None while too few did.
@@ -108,6 +122,13 @@ class Journal:
         if size < before.size or self._tree.root(before.size) != before.root:
             raise _rolled_back(f"the table has {size} leaves that do not continue the {before.size} that were signed")
         return before
+
+    def _next(self, before: Checkpoint) -> tuple[Checkpoint, Note]:
+        """A new head, and its note: of what was read, and what ``before_head`` put behind it."""
+        self._before_head()
+        self._read()
+        head = self._grow(before)
+        return head, notes.signed(head.text, name=head.origin, seed=self._identity.sign_seed)
 
     def _grow(self, before: Checkpoint) -> Checkpoint:
         """Write the tiles of what was read, and note the head that may be signed now."""
@@ -145,7 +166,9 @@ class Journal:
             return 0
 
     def _show(self, note: Note) -> None:
-        files.write_atomic(self._folder / "checkpoint", note.to_bytes())
+        """Make this the newest head that is shown, unless a larger one is."""
+        if notes.checkpoint(note.text).size >= self._shown_size():
+            files.write_atomic(self._folder / "checkpoint", note.to_bytes())
 
 
 def _rolled_back(why: str) -> TrustError:

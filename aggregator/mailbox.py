@@ -31,7 +31,7 @@ from aggregator.store import DAMAGED, Store
 from privacy import files, folder
 from privacy.errors import MachineError, RoundError, SiloquyError, TrustError
 from privacy.folder import Posted, Sent
-from privacy.messages import KINDS, Kind
+from privacy.messages import AGGREGATOR, KINDS, Kind
 from privacy.transparency import notes
 from privacy.transparency.log import MOST_RESOURCE_BYTES, UNLOGGED, is_resource
 
@@ -62,6 +62,7 @@ class Mailbox:
         self._done: set[tuple[int, str]] = set()
         self._later: dict[tuple[int, str], float] = {}
         self._posted: set[Posted] = set()
+        self._vectors: dict[tuple[int, int], Posted] = {}
         self._next, self._healed_at = 0, float("-inf")
         self._copied: dict[str, bytes] = {}
         self._stated = b""
@@ -115,7 +116,7 @@ class Mailbox:
         ]
 
     def _new_unlogged(self) -> list[Posted]:
-        """What speaks of the log: of the two newest rounds, and of all after a look at everything."""
+        """What is no leaf of the log: of the two newest rounds, and of all after a look at everything."""
         found: list[Posted] = []
         for kind in (each for each in KINDS if each in UNLOGGED):
             latest = self._store.latest(kind) or 0
@@ -126,10 +127,19 @@ class Mailbox:
         return new
 
     def _unlogged(self, kind: str, number: int, party: int) -> Posted:
-        """Its place is the size of the log that it speaks of."""
+        """Its place is the size of the log that it speaks of; that of a vector is its round's manifest's."""
+        if kind == "vector":
+            return self._vector(number, party)
         data = self._store.get(kind, number, party) or b""
         size = notes.checkpoint(notes.parse(data).text).size
         return Posted(place=size, kind=cast(Kind, kind), number=number, party=party, digest=hashlib.sha256(data).digest())
+
+    def _vector(self, number: int, party: int) -> Posted:
+        if (number, party) not in self._vectors:
+            vector, opened = self._store.entry("vector", number, party), self._store.entry("manifest", number, AGGREGATOR)
+            place, digest = (opened and opened.leaf) or 0, vector.digest if vector is not None else bytes(32)
+            self._vectors[number, party] = Posted(place=place, kind="vector", number=number, party=party, digest=digest)
+        return self._vectors[number, party]
 
     def _post(self, document: Posted) -> None:
         there = folder.size(self._root, *document.folder, document.name)

@@ -7,7 +7,7 @@ writes the same bytes again. Not promised: that a silo is honest; see privacy.se
 
 ``previous`` of a manifest, and ``outcome`` of an acknowledgement, are SHA-256 of the outcome's body; before round 1 it is
 the contract's digest. A result whose sum no honest run reaches, or whose next state would not be finite, moves nothing:
-its reason is "rejected".
+its reason is "rejected". Where slices are audited, one that the silos' verdicts do not bear out moves nothing either: "unaudited".
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from privacy.messages import (
     decode,
 )
 from privacy.secure_sum import epoch, guardian_sum
+from privacy.secure_sum.audits import UNAUDITED
 from privacy.secure_sum.guardian_sum import Certified, Frozen
 from privacy.transparency.notes import Checkpoint
 from privacy.update_rule import State
@@ -210,9 +211,16 @@ def result(
     seeds: Mapping[int, bytes],
     vectors: Mapping[int, Words],
     pair_keys: Mapping[tuple[int, int], bytes] | None = None,
+    *,
+    audited: str = "",
 ) -> tuple[Outcome, State]:
-    """The outcome of a round that was summed, with all that a silo needs to sum it again, and the state after it."""
-    after, reason = apply(state, total, accepted.terms, silos=len(seeds))
+    """The outcome of a round that was summed, with all that a silo needs to sum it again, and the state after it.
+
+    Args:
+        vectors: none where slices are audited; they are published by themselves.
+        audited: what ``aggregator.audits.audited`` says.
+    """
+    after, reason = (state, UNAUDITED) if audited else apply(state, total, accepted.terms, silos=len(seeds))
     made = Outcome(
         round_ctx=opened.ctx, round=opened.number, kind="result", reason=reason, frozen=certified.frozen.digest,
         total=total.astype("<u4").tobytes(), seeds=tuple(sorted(seeds.items())),
@@ -279,8 +287,8 @@ def apply(state: State, total: Words, terms: Contract, *, silos: int | None = No
 
 
 def moved(outcome: Outcome) -> bool:
-    """Whether the state moved: a result that was not rejected."""
-    return outcome.kind == "result" and outcome.reason != REJECTED
+    """Whether the state moved: a result that was not rejected, nor left unaudited."""
+    return outcome.kind == "result" and outcome.reason not in (REJECTED, UNAUDITED)
 
 
 def settle(state: State, outcome: Outcome, terms: Contract) -> State:
@@ -294,6 +302,8 @@ def settle(state: State, outcome: Outcome, terms: Contract) -> State:
         if len(outcome.total) != 4 * terms.dimension:
             raise _other_state(outcome, f"its sum has {len(outcome.total)} bytes, the contract has {4 * terms.dimension}")
         after, reason = apply(state, np.frombuffer(outcome.total, dtype="<u4"), terms, silos=len(outcome.seeds))
+        if terms.sliced and outcome.reason == UNAUDITED:
+            after, reason = state, UNAUDITED
         if reason != outcome.reason:
             raise _other_state(outcome, f"its reason is {outcome.reason!r}, the arithmetic gives {reason!r}")
     if after.digest != outcome.next_state:

@@ -4,7 +4,7 @@
 ::
 
     PUT /v1/{kind}/{number}/{party}     201 created, 200 the same bytes again, else a problem
-    GET /v1/{kind}/{number}/{party}     200, or 404 after ?wait=seconds (at most 30)
+    GET /v1/{kind}/{number}/{party}     200, or 404 after ?wait=seconds (at most 30); of a vector, 206 for "Range: bytes=first-last"
     GET /v1/status                      contract, latest epoch and round: a hint for people
     GET /log/checkpoint                 the newest head of the transparency log, with its signatures
     GET /log/tile/…                     its tiles and bundles of leaves, which never change (C2SP tlog-tiles)
@@ -41,18 +41,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from aggregator.board import Board
+from aggregator.waiting import Waiting
 from privacy import files
 from privacy.errors import Equivocation, MachineError, Replay, RoundError, SiloquyError, TrustError
 from privacy.messages import KINDS, Kind
 from privacy.transparency import log
 
 LONGEST_WAIT_S: Final = 30.0
-POLL_S: Final = 0.025
 BODY_TIMEOUT_S: Final = 300.0
 _MOST_CONNECTIONS: Final = 2048
 _HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _FOREVER: Final = {**_HEADERS, "cache-control": "public, max-age=31536000, immutable"}
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
+_RANGE: Final = re.compile(r"bytes=(0|[1-9][0-9]{0,11})-(0|[1-9][0-9]{0,11})", re.ASCII)
+_MOST_PART_BYTES: Final = 1 << 24
 _WAIT: Final = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?", re.ASCII)
 
 # The first class that fits; a malformed document is the sender's syntax, everything else of trust its right.
@@ -67,6 +69,7 @@ _STATUS_BY_CODE: Final = {
     **dict.fromkeys(("malformed", "number", "wait"), 400),
     **dict.fromkeys(("no-such-route", "not-found"), 404),
     "too-large": 413,
+    "range": 416,
     "evidence-damaged": 500,
 }
 
@@ -76,7 +79,7 @@ Slot = tuple[Kind, int, int]
 def create_app(board: Board, log_folder: Path | None = None, *, clock: Callable[[], float] = time.monotonic) -> Starlette:
     """The application over a board and the folder of the log, which may not be there yet.
 
-    ``clock`` measures how long a long poll has waited; ``app.state.stopping()`` ends them all.
+    ``clock`` measures how long a long poll has waited; ``app.state.service.stopping`` says when they all end.
     """
     service = _Service(board, log_folder, clock)
     slot = "/v1/{kind}/{number}/{party}"
@@ -92,7 +95,7 @@ def create_app(board: Board, log_folder: Path | None = None, *, clock: Callable[
         exception_handlers={SiloquyError: _refused, HTTPException: _no_route, Exception: _bug},
     )
     app.router.redirect_slashes = False
-    app.state.stopping = lambda: False
+    app.state.service = service
     return app
 
 
@@ -102,7 +105,11 @@ class _Service:
     def __init__(self, board: Board, log_folder: Path | None, clock: Callable[[], float]) -> None:
         self._board = board
         self._log_folder = log_folder
-        self._clock = clock
+        self.stopping: Callable[[], bool] = lambda: False
+        self._waiting = Waiting(board, clock, self._ends)
+
+    def _ends(self) -> bool:
+        return self.stopping()
 
     async def put(self, request: Request) -> Response:
         kind, number, party = _slot(request)
@@ -113,11 +120,13 @@ class _Service:
 
     async def get(self, request: Request) -> Response:
         kind, number, party = _slot(request)
-        end = self._clock() + _wait(request)
-        while not await run_in_threadpool(self._board.has, kind, number, party):
-            if self._clock() >= end or request.app.state.stopping():
-                raise RoundError(f"there is no {kind} {number} of party {party} yet", hint="ask again", code="not-found")
-            await asyncio.sleep(POLL_S)
+        if not await self._waiting.until((kind, number, party), _wait(request)):
+            raise RoundError(f"there is no {kind} {number} of party {party} yet", hint="ask again", code="not-found")
+        if (part := _part(request, kind)) is not None:
+            some = await run_in_threadpool(self._board.part, kind, number, party, *part)
+            if some is None:
+                raise TrustError(f"the {kind} {number} of party {party} has no such bytes", hint="read the contract", code="range")
+            return Response(some, status_code=206, media_type="application/octet-stream", headers=_HEADERS)
         data = await run_in_threadpool(self._board.get, kind, number, party)
         return Response(data, media_type="application/octet-stream", headers=_HEADERS)
 
@@ -171,6 +180,17 @@ def _wait(request: Request) -> float:
             f"wait = {text[:40]!r}, at most {LONGEST_WAIT_S:g} seconds", hint="ask again after each answer", code="wait"
         )
     return float(text)
+
+
+def _part(request: Request, kind: Kind) -> tuple[int, int] | None:
+    """The first byte and the number of bytes that are asked for, of a masked vector; None for a whole document."""
+    text = request.headers.get("range", "")
+    if kind != "vector" or not text:
+        return None
+    found = _RANGE.fullmatch(text)
+    if found is None or not 0 <= (size := int(found[2]) - int(found[1]) + 1) <= _MOST_PART_BYTES:
+        raise TrustError(f"range = {text[:60]!a}", hint=f"bytes=first-last, at most {_MOST_PART_BYTES} bytes", code="range")
+    return int(found[1]), size
 
 
 async def _body(request: Request, most: int, kind: Kind) -> bytes:
@@ -269,7 +289,7 @@ def server(app: Starlette) -> uvicorn.Server:
         limit_concurrency=_MOST_CONNECTIONS, timeout_graceful_shutdown=5,
     )  # fmt: skip
     made = uvicorn.Server(config)
-    app.state.stopping = lambda: made.should_exit
+    app.state.service.stopping = lambda: made.should_exit
     return made
 
 

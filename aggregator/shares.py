@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from aggregator import rounds
+from aggregator import audits, rounds
 from aggregator.desk import Desk, Vectors
 from aggregator.rounds import Round
 from privacy.errors import RoundError, TrustError
@@ -50,7 +50,7 @@ def summed(desk: Desk, opened: Round, state: State, seal_seed: bytes) -> tuple[O
         return "shares-missing"
     vectors = Vectors(desk, frozen.headers, seal_seed, opened)
     total = guardian_sum.unmask(vectors, secrets.seeds, certified, secrets.pair_keys)
-    return rounds.result(desk.accepted, opened, state, certified, total, secrets.seeds, vectors, secrets.pair_keys)
+    return audits.result(desk, opened, state, certified, total, vectors, secrets.seeds, secrets.pair_keys)
 
 
 def closed(desk: Desk, opened: Round, state: State, reason: str) -> Outcome:

@@ -10,7 +10,7 @@ from privacy.errors import TrustError
 from privacy.federation import Accepted
 from privacy.identity import signatures
 from privacy.messages import AGGREGATOR_KINDS, Kind
-from privacy.secure_sum import shares
+from privacy.secure_sum import shares, slices
 
 SIGNED_BYTES: Final = 256
 """More than a Signed adds to its body; for an upload, more than Signed and Upload add to the header and what is sealed."""
@@ -32,7 +32,7 @@ def cap(kind: Kind, accepted: Accepted) -> int:
     bodies = {
         "countersignature": 64, "epoch-note": 1536, "pair-seeds": 64 + (SEED_BYTES + 16) * peers, "confirmation": 64 + 48 * peers,
         "upload": header + 4 * d + envelope.OVERHEAD_BYTES + bundles,
-        "consent": 128, "release": 128 + SEED_BYTES, "acknowledgement": 192,
+        "consent": 128, "release": 128 + SEED_BYTES, "acknowledgement": 192, "verdict": 128 + 48 * slices.segments(d),
         "cosignature": 1024,
         "guardian-note": 1536, "list": 128 + 64 * silos, "endorsement": 128, "close": 128,
         "shares": 128 + _most_release_bytes(silos),

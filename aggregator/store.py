@@ -13,14 +13,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateTable
 
+from aggregator import refused
+from aggregator.refused import Refused
 from privacy import files
 from privacy.errors import Equivocation, MachineError, TrustError
 from privacy.transparency import log
@@ -82,6 +85,7 @@ class Store:
     def __init__(self, evidence: Path, url: str) -> None:
         self._evidence = evidence
         self._open = contextlib.ExitStack()
+        self._looking, self._eye = threading.Lock(), cast(sa.Connection | None, None)
         with _database(), contextlib.ExitStack() as opening:
             evidence.mkdir(parents=True, exist_ok=True)
             opening.enter_context(files.shared(evidence))
@@ -89,11 +93,18 @@ class Store:
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _durable)
             with self._engine.begin() as connection:
-                connection.execute(CreateTable(_DOCUMENTS, if_not_exists=True))
+                for table in (_DOCUMENTS, refused.TABLE):
+                    connection.execute(CreateTable(table, if_not_exists=True))
             self._open = opening.pop_all()
+        self.refused = Refused(self._begin, self._rows)
+        """What the service refused and somebody answers for: the coordinator makes leaves of it."""
 
     def close(self) -> None:
         """Close all connections."""
+        with self._looking:
+            if self._eye is not None:
+                self._eye.close()
+                self._eye = None
         self._engine.dispose()
         self._open.close()
 
@@ -145,12 +156,48 @@ class Store:
             )
         return data
 
+    def part(self, kind: str, number: int, party: int, start: int, size: int) -> bytes | None:
+        """``size`` bytes of a document from byte ``start`` on, or None when the slot is empty or the document shorter.
+
+        They are not held to its digest: the reader must know by other means that they are right.
+
+        Raises:
+            TrustError: its file cannot be read.
+        """
+        entry = self.entry(kind, number, party)
+        if entry is None or start + size > entry.size:
+            return None
+        try:
+            with (self._evidence / entry.digest.hex()).open("rb") as file:
+                file.seek(start)
+                return file.read(size)
+        except OSError as error:
+            raise _damaged(f"{kind} {number} of party {party}: its file {entry.digest.hex()} cannot be read") from error
+
     def entry(self, kind: str, number: int, party: int) -> Entry | None:
         """What the table says about a slot, or None when it is empty."""
         columns = _DOCUMENTS.c
         where = (columns.kind == kind) & (columns.number == number) & (columns.party == party)
         rows = self._rows(sa.select(columns.digest, columns.size, columns.received_at, columns.leaf).where(where))
         return Entry(digest=bytes.fromhex(rows[0][0]), size=rows[0][1], received_at=rows[0][2], leaf=rows[0][3]) if rows else None
+
+    def changes(self) -> int | None:
+        """A number that is another one once any connection has written; None where the database cannot say so cheaply.
+
+        Raises:
+            MachineError: the database does not work.
+        """
+        if self._engine.dialect.name != "sqlite":
+            return None
+        with _database(), self._looking:
+            if self._eye is None:
+                self._eye = self._engine.connect()
+            driver = self._eye.connection.driver_connection
+            try:
+                version: int = driver.execute("PRAGMA data_version").fetchone()[0]  # type: ignore[union-attr]
+            except sqlite3.Error as error:
+                raise OSError(str(error)) from error
+            return version
 
     def parties(self, kind: str, number: int) -> tuple[int, ...]:
         """Who wrote a document of this kind and number, ascending."""
@@ -204,6 +251,11 @@ class Store:
                 )
             if values:
                 connection.execute(_DOCUMENTS.insert(), values)
+
+    @contextlib.contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        with _database(), self._engine.begin() as connection:
+            yield connection
 
     def _rows(self, query: sa.Select[Any]) -> list[tuple[Any, ...]]:
         with _database(), self._engine.connect() as connection:

@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from aggregator import refusals
 from aggregator.config import Home
+from aggregator.reporting import recheck
 from aggregator.store import Row, Store
 from privacy.audit import placing, whole
 from privacy.audit.check_log import check_log
@@ -28,8 +30,17 @@ from privacy.transparency import log
 _ORDER: Final = {kind: place for place, kind in enumerate(KINDS)}
 
 
-def verify(root: Path, *, rounds: Collection[int] | None = None, report: tuple[bytes, bytes | None] | None = None) -> Verdict:
+def verify(
+    root: Path,
+    *,
+    rounds: Collection[int] | None = None,
+    report: tuple[bytes, bytes | None] | None = None,
+    at_least: int = 0,
+) -> Verdict:
     """Check the home in ``root``: table against files and log, then everything that privacy.audit.whole asks.
+
+    Args:
+        at_least: so many rounds must have ended.
 
     Raises:
         ConfigError: there is no aggregator there, or it has no table.
@@ -40,8 +51,11 @@ def verify(root: Path, *, rounds: Collection[int] | None = None, report: tuple[b
     evidence = Evidence.indexed(home.evidence_folder, entries)
     before = [*evidence.integrity(), *_rows_in_order(entries)]
     fetch = placing.reader(home.log_folder)
-    also = functools.partial(check_log, fetch=fetch, entries=entries)
-    return whole.audit(evidence, pinned=_fingerprints(home), rounds=rounds, before=before, also=also, report=report)
+    also = functools.partial(check_log, fetch=fetch, entries=entries, report=None if report is None else report[0])
+    return whole.audit(
+        evidence, pinned=_fingerprints(home), rounds=rounds, before=before, also=also, report=report, again=recheck.recheck,
+        at_least=at_least,
+    )  # fmt: skip
 
 
 def reindex(root: Path) -> dict[str, Any]:
@@ -59,6 +73,7 @@ def reindex(root: Path) -> dict[str, Any]:
         store = Store(home.evidence_folder, home.database_url(settings))
         try:
             store.restore(rows)
+            refusals.restore(store)
         finally:
             store.close()
     aside = {**evidence.spare, **evidence.broken}

@@ -3,7 +3,7 @@
 
 The contract is a chain (privacy.chain): a newer version may be published while rounds still run under the one before. Promised: an
 epoch's contract is the one whose digest its call is signed in; the *standing* version is the newest that all its members
-countersigned. Not promised: that a published version ever stands.
+countersigned and that no later one passes over. Not promised: that a published version ever stands.
 """
 
 from __future__ import annotations
@@ -53,11 +53,23 @@ def newest(documents: Documents) -> Accepted | None:
 
 def standing(documents: Documents) -> Accepted | None:
     """The newest version that all its members countersigned; the first one while none is; None before it is published."""
-    for version in range(documents.latest("contract") or 0, 0, -1):
-        found = published(documents, version)
-        if found is not None and is_countersigned(documents, found):
+    last = newest(documents)
+    for found in () if last is None else (last, *reversed(before(documents, last))):
+        if is_countersigned(documents, found):
             return found
     return published(documents, 1)
+
+
+def before(documents: Documents, accepted: Accepted) -> tuple[Accepted, ...]:
+    """The versions in effect before this one, ascending, as it says itself."""
+    known = (published(documents, version) for version in range(1, accepted.terms.version))
+    return chain.ancestors(accepted, [each for each in known if each is not None])
+
+
+def is_passed_over(documents: Documents, accepted: Accepted) -> bool:
+    """Whether the newest version says that this one never took effect."""
+    last = newest(documents)
+    return last is not None and accepted.digest not in {last.digest, *(each.digest for each in before(documents, last))}
 
 
 def is_countersigned(documents: Documents, accepted: Accepted) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from aggregator import defaults
-from cli import guard, members, simulate, verify
+from cli import guard, members, plan, simulate, verify
 from cli.errors import run
 from cli.options import (
     HERE,
@@ -26,6 +26,8 @@ from cli.options import (
     SamplingRate,
     Targets,
     Units,
+    WithoutPrivacy,
+    refuse_figures,
     words,
 )
 from privacy import lifeline
@@ -50,6 +52,7 @@ app = typer.Typer(
 
 @app.command()
 def init(
+    context: typer.Context,
     name: Annotated[str, typer.Option(help="the federation's name")],
     organisation: Annotated[str, typer.Option(help="who coordinates")],
     labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order")],
@@ -76,6 +79,7 @@ def init(
     protocol: Protocol = "consent",
     dropouts: Dropouts = 0,
     signatures: Annotated[str, typer.Option(help="ed25519, or ed25519+ml-dsa-65: both, against quantum computers too")] = "ed25519",
+    without_privacy: WithoutPrivacy = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
     json: Json = False,
@@ -90,13 +94,15 @@ def init(
     from aggregator.draft import Terms
     from cli.output import Output
 
+    refuse_figures(context, without_privacy)
     table, modules, lora_width = commands.describe_model(model, words(targets), pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
         name=name, expires=commands.in_a_year(), labels=words(labels), model=table, modules=modules, units=units, rounds=rounds,
         mode=mode, steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1), text_pair=text_pair,
         max_length=max_length, rank=rank, basis=basis, scale=scale, learning_rate=learning_rate, unit=unit,
         max_records_per_unit=max_records_per_unit, sampling_rate=sampling_rate, epsilon=epsilon, delta=delta,
-        deadline_s=deadline, signatures=signatures, protocol=protocol, dropouts=dropouts,
+        deadline_s=deadline, signatures=signatures, protocol=protocol, dropouts=dropouts, without_privacy=without_privacy,
+        max_grad_norm=defaults.GENEROUS_GRAD_NORM if without_privacy else defaults.MAX_GRAD_NORM,
     )  # fmt: skip
     made = commands.init(home, organisation=organisation, terms=terms, lora_width=lora_width, port=port)
     after = f"next: read {made['draft']}, then `aggregator member` for each silo"
@@ -115,13 +121,14 @@ def sign(home: AggregatorHome = HERE, json: Json = False) -> None:
     from cli.output import Output
 
     signed = commands.sign(home)
+    delta = f" at delta {signed['delta']}" if signed["delta"] else ""
     steps = f" of {signed['steps_per_round']} steps" if signed["mode"] == "local" else ""
     Output(json=json).result(
         signed,
         [
             f"contract version {signed['version']} {signed['contract']}",
             f"noise multiplier {signed['noise_multiplier']} over {signed['rounds']} rounds{steps}",
-            f"epsilon {signed['epsilon']} at delta {signed['delta']}",
+            f"epsilon {signed.get('epsilon_none') or signed['epsilon']}{delta}",
             "next: `aggregator serve`; each silo runs `silo join`",
         ],
     )
@@ -226,9 +233,16 @@ def budget(home: AggregatorHome = HERE, json: Json = False) -> None:
       aggregator budget
     """
     from aggregator import commands
+    from aggregator.reporting.no_guarantee import OpenReport
     from cli.output import Output, bar, table
 
     facts = commands.build_report(home)
+    if isinstance(facts, OpenReport):
+        charged = [(each.name, each.spent.reason, each.spent.rounds) for each in facts.silos]
+        none = [{"name": name, "epsilon": None, "epsilon_none": why, "rounds_charged": rounds} for name, why, rounds in charged]
+        shown = table(facts.warning, ("silo", "epsilon", "rounds charged"), charged)
+        Output(json=json).result({"delta": None, "silos": none}, [shown])
+        return
     rows = [
         (each.name, f"{each.spent.epsilon:.3f}", f"{each.limit:g}", bar(each.spent.epsilon, each.limit), each.rounds_left)
         for each in facts.silos
@@ -264,21 +278,25 @@ def report(
       aggregator report --output report
     """
     from aggregator import commands
+    from aggregator.reporting.figures import Figure
     from cli.output import Output
+    from privacy.dp.unprotected import in_words
 
     facts = commands.build_report(home)
     record, page = commands.write_report(home, output_folder or home / "report", facts)
     spent = facts.accounting.spent
+    delta = "" if facts.guarantee.delta is None else f" at delta {facts.guarantee.delta:g}"
     Output(json=json).result(
         {
             "report": str(record),
             "page": str(page),
             "epsilon": spent.epsilon,
             "delta": facts.guarantee.delta,
+            **({} if isinstance(spent, Figure) else {"epsilon_none": spent.reason}),
             "rounds": len(facts.rounds),
         },
         [
-            f"epsilon {spent.epsilon:.4g} at delta {facts.guarantee.delta:g} after {spent.rounds} rounds",
+            f"epsilon {in_words(spent.epsilon)}{delta} after {spent.rounds} rounds",
             f"record {record}",
             f"page   {page}",
         ],
@@ -287,6 +305,7 @@ def report(
 
 guard.add_to_aggregator(app)
 members.add_to_aggregator(app)
+plan.add_to_aggregator(app)
 simulate.add_to_aggregator(app)
 verify.add_to_aggregator(app)
 

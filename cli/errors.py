@@ -9,8 +9,8 @@ code meaning
 2    usage: the words on the command line
 3    configuration: unknown key, wrong value, missing file, unusable records
 4    trust: signature, sender, fingerprint, contract, replay, malformed bytes
-5    refused for privacy: budget, ledger, no certified bound
-6    the round did not complete
+5    refused for privacy: budget, ledger, no certified bound; a self-test or audit that failed
+6    the round did not complete; `verify`: nothing failed, and questions are open
 7    the machine: device, memory, disk, clock, network
 130  interrupted; the state is saved, the same command goes on
 ==== ==========================================================================

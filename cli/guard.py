@@ -58,12 +58,20 @@ def init(
 
     if bool(aggregator) == (folder is not None):
         raise typer.BadParameter("say where the aggregator is: --aggregator URL, or --folder DIR")
-    shown = guard_commands.create(
+    plain, both = guard_commands.create(
         home, name=name, organisation=organisation, url=aggregator, folder=folder, fingerprint=fingerprint
     )
     Output(json=json).result(
-        {"home": str(home), "name": name, "identity": str(home / "identity.pub"), "fingerprint": shown},
-        [f"guardian {name} in {home}", f"fingerprint {shown}", f"next: send {home / 'identity.pub'} to the coordinator"],
+        {
+            "home": str(home), "name": name, "identity": str(home / "identity.pub"), "fingerprint": plain,
+            "fingerprint_ml_dsa": both,
+        },
+        [
+            f"guardian {name} in {home}",
+            f"fingerprint {plain}",
+            f"with ML-DSA {both}  (where the contract's signatures say so)",
+            f"next: send {home / 'identity.pub'} to the coordinator, then `silo guard join`",
+        ],
     )
 
 

@@ -65,6 +65,9 @@ def revise(
     rounds: Annotated[int | None, typer.Option(min=1, help="the number of the last round; rounds are numbered on")] = None,
     expires: Annotated[str, typer.Option(help="the last day, as YYYY-MM-DD")] = "",
     signatures: Annotated[str, typer.Option(help="ed25519+ml-dsa-65: from now on both signatures; never back")] = "",
+    give_up: Annotated[
+        bool, typer.Option("--give-up", help="the newest version, which somebody did not sign, shall never take effect")
+    ] = False,
     home: AggregatorHome = HERE,
     json: Json = False,
 ) -> None:
@@ -74,11 +77,12 @@ def revise(
     Examples:
       aggregator revise
       aggregator revise --rounds 80 --expires 2027-12-31
+      aggregator revise --give-up
     """
     from aggregator import commands
     from cli.output import Output
 
-    begun = commands.revise(home, rounds=rounds, expires=expires, signatures=signatures)
+    begun = commands.revise(home, rounds=rounds, expires=expires, signatures=signatures, give_up=give_up)
     lines = [
         f"draft of version {begun['version']} in {begun['draft']}",
         f"follows version {begun['version'] - 1}, {begun['previous'][:16]}…",

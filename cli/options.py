@@ -30,10 +30,27 @@ Protocol = Annotated[
     str, typer.Option(help="consent: every silo signs for every sum; shares: guardians hold shares, so that silos may be away")
 ]
 Dropouts = Annotated[int, typer.Option(min=0, help="with shares: how many silos may be away from a sum")]
+WithoutPrivacy = Annotated[
+    bool,
+    typer.Option(
+        "--without-privacy",
+        help="NO differential privacy: no noise, no epsilon; exact sums over blocks of silos are seen by everybody",
+    ),
+]
 MODE_HELP = "joint: a round is one private step over all silos; local: steps of each silo alone, then the mean of their changes"
 STEPS_HELP = f"local mode: private steps that each silo takes in a round; {defaults.STEPS_PER_ROUND['local']} unless given"
 ROUNDS_HELP = f"private rounds; {defaults.ROUNDS['joint']}, or {defaults.ROUNDS['local']} in local mode, unless given"
 HERE = Path()
+
+
+def refuse_figures(context: typer.Context, without_privacy: bool) -> None:
+    """Return unless a figure of a guarantee was asked for where there is none."""
+    if not without_privacy:
+        return
+    for name in ("epsilon", "delta"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name} and --without-privacy contradict each other: without noise there is no {name}")
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.output import Output, bar, size, table
+from privacy.dp.unprotected import in_words
 
 if TYPE_CHECKING:
     from aggregator.desk import Event
@@ -35,6 +36,7 @@ _WAITING = {
 
 
 _HEAD = "a private linear head alone ({}best of {} step sizes, each at the same epsilon)"
+_OPEN_HEAD = "a linear head alone, without noise ({}best of {} step sizes)"
 
 
 class RoundDisplay:
@@ -71,10 +73,10 @@ class SimulationDisplay(RoundDisplay):
     def step(self, step: Step) -> None:
         """Show one step."""
         if step.settled:
-            self.line(
-                f"round {step.round:>3}/{step.rounds}  {step.text:<6}  epsilon {step.epsilon:5.2f} of {step.limit:g} "
-                f"{bar(step.epsilon, step.limit)}  {step.seconds:4.1f} s"
-            )
+            cost = "NO DIFFERENTIAL PRIVACY"
+            if step.epsilon is not None:
+                cost = f"epsilon {step.epsilon:5.2f} of {step.limit:g} {bar(step.epsilon, step.limit)}"
+            self.line(f"round {step.round:>3}/{step.rounds}  {step.text:<6}  {cost}  {step.seconds:4.1f} s")
         elif step.expected:
             self.moving(f"{_waiting(step.text)} {step.arrived} of {step.expected}  {step.seconds:.0f} s")
         else:
@@ -86,26 +88,34 @@ def _waiting(step: str) -> str:
     return _WAITING.get(step, step)
 
 
+def _head(result: Result, models: int) -> str:
+    return (_OPEN_HEAD if result.epsilon is None else _HEAD).format("in joint mode, " if result.mode == "local" else "", models)
+
+
 def closing_words(result: Result) -> Iterator[str | Table]:
     """What a simulation ends with, for people."""
+    from aggregator.reporting.no_guarantee import SENTENCE
     from aggregator.reporting.wording import HEAD_MODELS
 
+    if result.epsilon is None:
+        yield ""
+        yield SENTENCE
     yield ""
     yield table(
         f"accuracy on {result.held_out} held-out records (the simulator's: no silo has them)",
         ("", "accuracy"),
         [
             ("before: an untrained head, which answers the first label to everything", f"{result.accuracy_before:.3f}"),
-            (_HEAD.format("in joint mode, " if result.mode == "local" else "", HEAD_MODELS), f"{result.accuracy_head:.3f}"),
+            (_head(result, HEAD_MODELS), f"{result.accuracy_head:.3f}"),
             ("after: R-only LoRA-SB adapters and head", f"{result.accuracy_after:.3f}"),
         ],
     )
     yield ""
     whom = "everyone, the aggregator and all other silos" if result.mode == "local" else "the aggregator with one colluding silo"
     yield table(
-        f"privacy against {whom}, delta {result.delta:g}",
+        "privacy: none" if result.delta is None else f"privacy against {whom}, delta {result.delta:g}",
         ("silo, by its own ledger", "epsilon"),
-        [(name, f"{epsilon:.3f}") for name, epsilon in result.epsilon_per_silo.items()],
+        [(name, in_words(epsilon, ".3f")) for name, epsilon in result.epsilon_per_silo.items()],
     )
     yield f"the head alone trained {HEAD_MODELS} more models on these records, which no ledger charges"
     yield ""

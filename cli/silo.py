@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli import guard, members, restore, verify
+from cli import audit, guard, members, restore, verify
 from cli.errors import run
 from cli.options import HERE, SETTINGS, Folder, Json, SiloHome
 from privacy import lifeline
@@ -84,6 +85,13 @@ def init(
 def join(
     fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint or the contract's digest")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="agree without being asked (for scripts)")] = False,
+    without_differential_privacy: Annotated[
+        bool,
+        typer.Option(
+            "--without-differential-privacy",
+            help="this silo's word that the contract may add NO noise: exact sums of its gradients are then seen by everybody",
+        ),
+    ] = False,
     folder: Folder = None,
     home: SiloHome = HERE,
     json: Json = False,
@@ -96,18 +104,23 @@ def join(
       silo join --fingerprint 5be1… --yes --json
     """
     from cli.output import Output
+    from privacy.dp.unprotected import in_words
     from silo import commands
 
     output = Output(json=json)
-    with commands.joining(home, fingerprint, folder=folder) as visit:
+    with commands.joining(home, fingerprint, folder=folder, without_privacy=without_differential_privacy) as visit:
         for line in visit.words:
             output.say("  " + line)
         if not yes and not json:
-            typer.confirm("Does this silo agree to these terms?", abort=True, err=True)
+            loud = "" if visit.accepted.terms.is_private else ", WITHOUT DIFFERENTIAL PRIVACY"
+            typer.confirm(f"Does this silo agree to these terms{loud}?", abort=True, err=True)
         member = visit.countersign()
     output.result(
-        {"member": member.id, "name": member.name, "contract": visit.accepted.digest.hex(), "epsilon": visit.plan_epsilon},
-        [f"countersigned as silo {member.id}; the whole plan costs epsilon {visit.plan_epsilon:.3g}", "next: `silo train`"],
+        {"member": member.id, "name": member.name, "contract": visit.accepted.digest.hex(), **visit.cost},
+        [
+            f"countersigned as silo {member.id}; the whole plan costs epsilon {in_words(visit.plan_epsilon, '.3g')}",
+            "next: `silo train`",
+        ],
     )
 
 
@@ -131,6 +144,7 @@ def train(
       silo train --watch
     """
     from cli.output import Output
+    from privacy.dp.unprotected import in_words
     from silo import commands
 
     output = Output(json=json)
@@ -142,13 +156,14 @@ def train(
         raise typer.BadParameter("say how long: --rounds N, or --watch")
     with commands.training(home, folder=folder) as session:
         for done in session.take_part(session.rounds_left if rounds is None else rounds):
-            cost = f"epsilon {done.epsilon:.3f} of {done.limit:g}"
+            cost = f"epsilon {in_words(done.epsilon, '.3f')}" + (f" of {done.limit:g}" if math.isfinite(done.epsilon) else "")
             output.say(f"round {done.round:>4}  {done.kind:<6}  {cost}  {done.seconds:5.1f} s  model {done.state_digest[:12]}")
         summary = session.summary()
     output.result(
         summary,
         [
-            f"{summary['rounds']} rounds, epsilon {summary['epsilon']:.3f} of {summary['limit']:g} at delta {summary['delta']:g}",
+            f"{summary['rounds']} rounds, epsilon {in_words(summary['epsilon'], '.3f')}"
+            + ("" if summary["epsilon"] is None else f" of {summary['limit']:g} at delta {summary['delta']:g}"),
             f"model {summary['model_digest']}",
         ],
     )
@@ -183,9 +198,14 @@ def budget(
       silo budget --forecast 20
     """
     from cli.output import Output, bar, table
+    from privacy.dp.unprotected import in_words
     from silo import reading
 
     facts = reading.budget(home, forecast)
+    if facts["epsilon"] is None:
+        charged = f"{facts['steps']} steps of this contract charged; nothing makes it finite again"
+        Output(json=json).result(facts, [f"epsilon {in_words(None)}", charged])
+        return
     picture = bar(facts["epsilon"], facts["limit"])
     by_pld = "not computed" if facts["epsilon_pld"] is None else f"{facts['epsilon_pld']:.4g}"
     lines = [
@@ -194,7 +214,7 @@ def budget(
     ]
     if "epsilon_stood" in facts:
         lines.append(f"with the noise that stood in each sum {facts['epsilon_stood']:.4g}; the charge counts the fewest silos")
-    ahead = [(row["rounds"], f"{row['epsilon']:.4g}") for row in facts["forecast"]]
+    ahead = [(row["rounds"], in_words(row["epsilon"])) for row in facts["forecast"]]
     Output(json=json).result(facts, [*lines, *([table("forecast", ("more rounds", "epsilon"), ahead)] if ahead else [])])
 
 
@@ -248,17 +268,20 @@ def export(
       silo export adapter --base sentence-transformers/all-MiniLM-L6-v2
     """
     from cli.output import Output
+    from privacy.dp.unprotected import in_words
     from silo import reading
 
     facts = reading.export(home, folder, base)
+    delta = "" if facts["delta"] is None else f" at delta {facts['delta']:g}"
     lines = [
         f"adapter in {folder}: round {facts['round']}, model {facts['model_digest']}",
-        f"epsilon {facts['epsilon']:.4g} at delta {facts['delta']:g}; the export costs nothing",
+        f"epsilon {in_words(facts['epsilon'])}{delta}; the export costs nothing",
         f"next: {folder / 'README.md'} has the code that loads it",
     ]
     Output(json=json).result(facts, lines)
 
 
+audit.add_to_silo(app)
 guard.add_to_silo(app)
 members.add_to_silo(app)
 restore.add_to_silo(app)

@@ -21,6 +21,8 @@ from cli.options import (
     Rank,
     SamplingRate,
     Targets,
+    WithoutPrivacy,
+    refuse_figures,
     words,
 )
 
@@ -31,6 +33,7 @@ def add_to_aggregator(app: typer.Typer) -> None:
 
 
 def simulate(
+    context: typer.Context,
     data: Annotated[
         Path | None, typer.Option(help="JSON lines, CSV or Parquet with text, (text_pair), label; built-in pairs unless given")
     ] = None,
@@ -60,6 +63,7 @@ def simulate(
     drop: Annotated[
         list[str] | None, typer.Option(help="with shares: SILO@ROUND, end that silo's process in that round, start it again after")
     ] = None,
+    without_privacy: WithoutPrivacy = False,
     json: Json = False,
 ) -> None:
     """A whole federation on this machine: a real service, real silo processes, real keys and ledgers.
@@ -70,15 +74,17 @@ def simulate(
       aggregator simulate --data notes.jsonl --silo-column hospital --unit patient_id --epsilon 3
       aggregator simulate --mode local --rounds 4 --steps-per-round 4
       aggregator simulate --silos 5 --protocol shares --dropouts 1 --drop silo-3@2
+      aggregator simulate --without-privacy
       aggregator simulate --json > result.json
     """
     import time
 
-    from aggregator.simulation.simulate import Settings
+    from aggregator.simulation.settings import Settings
     from aggregator.simulation.simulate import simulate as run_simulation
     from cli.output import Output
     from cli.progress import SimulationDisplay, closing_words
 
+    refuse_figures(context, without_privacy)
     output = Output(json=json)
     settings = Settings(
         home=home or Path(time.strftime("simulation-%Y%m%d-%H%M%S")), data=data, held_out=held_out, silo_column=silo_column,
@@ -86,6 +92,7 @@ def simulate(
         targets=words(targets), last_layers=last_layers or None, rank=rank, basis=basis, sampling_rate=sampling_rate,
         rounds=rounds or defaults.ROUNDS.get(mode, 1), protocol=protocol, dropouts=dropouts,
         steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1), drops=tuple(map(dropped, drop or ())),
+        without_privacy=without_privacy,
     )  # fmt: skip
     with SimulationDisplay(output) as display:
         result = run_simulation(settings, display.step)

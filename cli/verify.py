@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``silo verify``, ``aggregator verify`` and ``aggregator reindex``: exit 0 when nothing failed, 4 when something did."""
+"""``silo verify``, ``aggregator verify`` and ``aggregator reindex``.
+
+``verify`` ends with 0 only when everything that was asked was answered yes; with 4 when something failed; with 6 when nothing
+failed and questions are open, which ``--allow-open`` accepts.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from privacy.audit.findings import Check
-    from privacy.audit.whole import Verdict
+    from privacy.audit.whole import Again, Verdict
 
-FAILED = 4
+FAILED, OPEN = 4, 6
 Rounds = Annotated[list[int] | None, typer.Option("--round", min=1, help="only this round in full; may be given more than once")]
 Everything = Annotated[bool, typer.Option("--all", help="all rounds, as without --round")]
-Report = Annotated[Path | None, typer.Option(help="a report.json whose figures are compared with those computed again")]
+Report = Annotated[
+    Path | None, typer.Option(help="a report.json: its figures are computed again, and its digest must stand in the log")
+]
+AtLeast = Annotated[int, typer.Option(min=0, help="fail when fewer rounds have ended here: you know that so many did")]
+AllowOpen = Annotated[bool, typer.Option("--allow-open", help="end with 0 also when questions are open and none failed")]
 
 
 def add_to_silo(app: typer.Typer) -> None:
@@ -41,12 +49,15 @@ def silo_verify(
     folder: Annotated[Path | None, typer.Option(help="a copy of the evidence, or a shared folder, instead of an address")] = None,
     fingerprint: Annotated[str, typer.Option(help="the aggregator's fingerprint or the contract's digest, for an auditor")] = "",
     report: Report = None,
+    rounds_at_least: AtLeast = 0,
+    allow_open: AllowOpen = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> int:
     """Check the federation again from its documents: signatures, sums bit for bit, model, epsilon, log, and this silo's ledger.
 
-    No secret is used. It says at the end which rounds it recomputed, and which rest on signatures alone.
+    No secret is used. It says at the end which rounds it recomputed, and which rest on signatures alone. It ends with 0 when all
+    was answered yes, with 4 when something failed, with 6 when nothing failed and questions are open.
 
     \b
     Examples:
@@ -57,25 +68,38 @@ def silo_verify(
     from silo import verify
 
     chosen = _chosen(rounds, everything)
-    verdict = verify.verify(home, url=url, folder=folder, fingerprint=fingerprint, rounds=chosen, report=report)
-    return _show(verdict, json=json)
+    verdict = verify.verify(
+        home, url=url, folder=folder, fingerprint=fingerprint, rounds=chosen, report=report, at_least=rounds_at_least,
+        again=None if report is None else _again(),
+    )  # fmt: skip
+    return _show(verdict, allow_open=allow_open, json=json)
 
 
 def aggregator_verify(
-    rounds: Rounds = None, everything: Everything = False, report: Report = None, home: AggregatorHome = HERE, json: Json = False
+    rounds: Rounds = None,
+    everything: Everything = False,
+    report: Report = None,
+    rounds_at_least: AtLeast = 0,
+    allow_open: AllowOpen = False,
+    home: AggregatorHome = HERE,
+    json: Json = False,
 ) -> int:
     """Check this home from its own files: every row against its file and leaf, then everything that a silo can check.
+
+    It ends with 0 when all was answered yes, with 4 when something failed, with 6 when nothing failed and questions are open.
 
     \b
     Examples:
       aggregator verify
       aggregator verify --report report/report.json
+      aggregator verify --rounds-at-least 40
     """
     from aggregator import verify
     from privacy.audit.evidence import read_report
 
     papers = None if report is None else read_report(report)
-    return _show(verify.verify(home, rounds=_chosen(rounds, everything), report=papers), json=json)
+    verdict = verify.verify(home, rounds=_chosen(rounds, everything), report=papers, at_least=rounds_at_least)
+    return _show(verdict, allow_open=allow_open, json=json)
 
 
 def aggregator_reindex(home: AggregatorHome = HERE, json: Json = False) -> None:
@@ -101,25 +125,39 @@ def _chosen(rounds: Sequence[int] | None, everything: bool) -> frozenset[int] | 
     return frozenset(rounds) if rounds else None
 
 
-def _show(verdict: Verdict, *, json: bool) -> int:
+def _again() -> Again:
+    from aggregator.reporting import recheck
+
+    return recheck.recheck
+
+
+def _exit_code(verdict: Verdict, *, allow_open: bool) -> int:
+    if not verdict.holds:
+        return FAILED
+    return OPEN if verdict.open and not allow_open else 0
+
+
+def _show(verdict: Verdict, *, allow_open: bool, json: bool) -> int:
     import msgspec
 
     from cli.output import Output
 
-    document = {"holds": verdict.holds, "sentence": verdict.sentence(), **msgspec.to_builtins(verdict)}
+    facts = {"holds": verdict.holds, "counts": verdict.counts, "sentence": verdict.sentence()}
     lines: list[str | Table] = [_overview(verdict), *_problems(verdict)]
-    Output(json=json).result(document, [*lines, ("✓ " if verdict.holds else "✗ ") + verdict.sentence()])
-    return 0 if verdict.holds else FAILED
+    sign = "✗" if verdict.failed else "?" if verdict.open else "✓"
+    Output(json=json).result({**facts, **msgspec.to_builtins(verdict)}, [*lines, f"{sign} {verdict.sentence()}"])
+    return _exit_code(verdict, allow_open=allow_open)
 
 
 def _overview(verdict: Verdict) -> Table:
     """One line per contract version, epoch, round, and what else was asked."""
     from cli.output import table
+    from privacy.dp.unprotected import in_words
 
     stages: dict[str, list[Check]] = {}
     for check in verdict.checks:
         stages.setdefault(_stage(check), []).append(check)
-    costs = {f"round {each.round}": f"{each.insiders:.4g}" for each in verdict.spent}
+    costs = {f"round {each.round}": in_words(each.insiders) for each in verdict.spent}
     rows = [(name, _mark(checks), len(checks), costs.get(name, "")) for name, checks in stages.items()]
     return table("", ("object", "", "checks", "epsilon after it"), rows)
 
@@ -146,10 +184,13 @@ def _stage(check: Check) -> str:
         return f"contract {check.number}"
     if check.kind in ("epoch", "epoch-note", "guardian-note", "roster", "pair-seeds", "confirmation"):
         return f"epoch {check.number}"
-    if check.kind in ("log", "checkpoint", "cosignature", "head"):
-        return "log"
-    if check.kind in ("ledger", "state"):
-        return "this silo's own"
-    if check.kind == "report":
-        return "report"
-    return "other files" if check.kind == "unknown" else f"round {check.number}"
+    return _STAGES.get(check.kind, f"round {check.number}")
+
+
+_STAGES = {
+    **dict.fromkeys(("log", "checkpoint", "cosignature", "head"), "log"),
+    **dict.fromkeys(("ledger", "state"), "this silo's own"),
+    "refusal": "refusals",
+    "report": "report",
+    "unknown": "other files",
+}

@@ -3,8 +3,8 @@
 
 What may change from one version to the next: members, guardians, keys, expiry, deadlines, rounds, drop-outs, noise and every other
 number, for every member of v+1 signs for the new terms as a whole. What stays: name, task, base model, adapter, mode, optimiser and
-privacy unit (the model and the ledgers go on, so they must keep their meaning) and the coordinator's name. ``signatures`` may be
-strengthened and never weakened.
+privacy unit (the model and the ledgers go on, so they must keep their meaning), whether there is differential privacy, and the
+coordinator's name. ``signatures`` may be strengthened and never weakened.
 
 **Formal guarantees** of a chain that ``walk`` accepts:
 
@@ -12,7 +12,12 @@ strengthened and never weakened.
 - *Agreed*: every member of every version signed that version, with the key that stands in it (proof of possession).
 - *Carried*: of every version more than half of the members, and no fewer than a sum must have, stand in the next one as well, and
   more than half of them signed the next one with the key they had before: the same key, or a cross-signature by the old one.
+- *Blocks stay*: without differential privacy a block of a version is a block of every other version, or has no silo in common with
+  any: the difference of two versions' sums holds whole blocks, as each sum does.
 - *Ids are not reused*: an id, a name and a key belong to one holder for ever; a key that was replaced never comes back.
+- *What never took effect changes nothing*: a version that somebody did not sign may have a successor that says so: it names the
+  version in force (``in_force``), and is held to every rule against that one: who stays, with which keys, who signed, and what
+  changes in words. The versions in effect, taken alone, are a chain. One that all its members signed cannot be passed over.
 
 Not promised: that a version is the only successor of the one before. Each member writes its one successor down before it signs
 (silo.home), so two that are both carried need members that broke that promise. Nor that a name belongs to an organisation.
@@ -20,18 +25,18 @@ Not promised: that a version is the only successor of the one before. Each membe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from privacy import envelope
-from privacy.errors import TrustError
+from privacy.errors import SiloquyError, TrustError
 from privacy.federation import Accepted, Contract, Guardian, Member
 from privacy.identity import keys
 from privacy.messages import Countersignature, decode, encode
 
 _FIXED: Final = (
-    "name", "task", "model", "adapter", "training.mode", "training.optimizer", "privacy.unit", "aggregator.name",
+    "name", "task", "model", "adapter", "training.mode", "training.optimizer", "privacy.unit", "privacy.off", "aggregator.name",
 )  # fmt: skip
 _KIND: Final = "countersignature"
 
@@ -46,8 +51,13 @@ class Version:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """A chain up to its newest version, and who ever held which id and which key."""
+    """A chain up to its newest version, and who ever held which id and which key.
 
+    ``every`` are all versions; ``versions`` are those in effect, the newest among them: a version that its successor passed over
+    is in the first alone.
+    """
+
+    every: tuple[Accepted, ...]
     versions: tuple[Accepted, ...]
     holders: Mapping[int, tuple[str, str]]
     owners: Mapping[bytes, str]
@@ -61,12 +71,31 @@ class Lineage:
             raise _refused(
                 f"the chain begins with version {terms.version} after {terms.previous[:16]!r}, not with 1 after ''", "chain-version"
             )
-        return cls(versions=(), holders={}, owners={}, retired=frozenset())._with(first)
+        return cls._of((first,))
+
+    @classmethod
+    def _of(cls, versions: Sequence[Accepted]) -> Lineage:
+        """Versions that follow each other in effect."""
+        found = cls(every=(), versions=(), holders={}, owners={}, retired=frozenset())
+        for each in versions:
+            found = found._with(each, every=(*found.every, each))
+        return found
 
     @property
     def newest(self) -> Accepted:
         """The last version."""
         return self.versions[-1]
+
+    @property
+    def before(self) -> Accepted | None:
+        """The version in effect before the newest, which the newest is held to."""
+        return self.versions[-2] if len(self.versions) > 1 else None
+
+    @property
+    def passed_over(self) -> tuple[Accepted, ...]:
+        """Versions that never took effect: a later one says so."""
+        kept = {each.digest for each in self.versions}
+        return tuple(each for each in self.every if each.digest not in kept)
 
     def extended(self, after: Accepted) -> Lineage:
         """The chain with one more version, by every rule that needs no signature.
@@ -82,15 +111,28 @@ class Lineage:
                 f"version {new.version} names {new.previous[:16]!r} before it, version {before.version} is "
                 f"{self.newest.digest.hex()[:16]}", "chain-previous",
             )  # fmt: skip
-        _check_fixed(before, new)
-        _check_overlap(before, new)
-        return self._with(after)
+        base = self._in_force(after)
+        _check_fixed(base.newest.terms, new)
+        _check_overlap(base.newest.terms, new)
+        _check_blocks([each.terms for each in base.versions], new)
+        return base._with(after, every=(*self.every, after))
+
+    def _in_force(self, after: Accepted) -> Lineage:
+        """The chain of what is in effect before ``after``, as it says itself."""
+        stated, number = after.terms.in_force, after.terms.version
+        if not stated:
+            return self
+        base = next((each for each in self.every[:-1] if each.digest.hex() == stated), None)
+        if base is None:
+            raise _refused(f"version {number} says that {stated[:16]} is in force, which is no version before {number - 1}",
+                           "chain-in-force")  # fmt: skip
+        return Lineage._of((*ancestors(base, self.every), base))
 
     def id_of(self, name: str) -> int | None:
         """The member id that a silo of this name has or had."""
         return next((party for party, (held, _) in self.holders.items() if held == name and party < 2**15), None)
 
-    def _with(self, after: Accepted) -> Lineage:
+    def _with(self, after: Accepted, *, every: tuple[Accepted, ...]) -> Lineage:
         holders, owners, retired = dict(self.holders), dict(self.owners), set(self.retired)
         names = {name: {party for party, (held, _) in holders.items() if held == name} for name, _ in holders.values()}
         # The last keys of everybody who ever stood in the chain: also of one that left and comes back, and of the coordinator.
@@ -115,7 +157,25 @@ class Lineage:
                     raise _refused(f"the key {half.hex()[:16]}… of {party.name} was replaced in an earlier version", "chain-key")
             if party.id in before:
                 retired |= set(_halves(before[party.id])) - set(_halves(party.verify_key))
-        return Lineage(versions=(*self.versions, after), holders=holders, owners=owners, retired=frozenset(retired))
+        return Lineage(every=every, versions=(*self.versions, after), holders=holders, owners=owners, retired=frozenset(retired))
+
+
+def ancestors(accepted: Accepted, known: Iterable[Accepted]) -> tuple[Accepted, ...]:
+    """The versions in effect before ``accepted``, ascending, as each names the one before it; those of them that are ``known``.
+
+    Formal guarantees: a version that was passed over is none of them, so nothing signed with its keys counts anywhere.
+    """
+    by_digest, found = {each.digest.hex(): each for each in known}, list[Accepted]()
+    before = by_digest.get(_named(accepted))
+    while before is not None and before.terms.version < (found[-1] if found else accepted).terms.version:
+        found.append(before)
+        before = by_digest.get(_named(before))
+    return tuple(reversed(found))
+
+
+def _named(accepted: Accepted) -> str:
+    """Digest of the version that this one is held to, in hex."""
+    return accepted.terms.in_force or accepted.terms.previous
 
 
 def countersignature(
@@ -179,7 +239,7 @@ def check_agreed(before: Accepted | None, after: Accepted, countersignatures: Ma
 
 
 def walk(versions: Sequence[Version], *, pinned: str) -> tuple[Accepted, ...]:
-    """Every version from the first to the newest, verified; see the module docstring for what then holds.
+    """Every version in effect, from the first to the newest, verified; see the module docstring for what then holds.
 
     Args:
         pinned: what a person compared: the fingerprint of the first version's aggregator, or the digest of any version, in hex.
@@ -189,15 +249,47 @@ def walk(versions: Sequence[Version], *, pinned: str) -> tuple[Accepted, ...]:
         ConfigError: the terms of a version contradict each other.
     """
     lineage: Lineage | None = None
+    signed: dict[bytes, Mapping[int, bytes]] = {}
     for version in versions:
         accepted = envelope.open_contract(version.document)
-        before = None if lineage is None else lineage.newest
         lineage = Lineage.begin(accepted) if lineage is None else lineage.extended(accepted)
-        check_agreed(before, accepted, version.countersignatures)
+        signed[accepted.digest] = version.countersignatures
     if lineage is None:
         raise _refused("there is no contract", "chain-version")
-    check_pinned(lineage.versions, pinned)
+    check_effect(lineage, signed)
+    check_pinned(lineage.every, pinned)
     return lineage.versions
+
+
+def check_effect(lineage: Lineage, countersignatures: Mapping[bytes, Mapping[int, bytes]], *, newest: bool = True) -> None:
+    """Return if every version in effect was agreed to against the one in effect before it, and no other one was.
+
+    Args:
+        countersignatures: by digest of the version, then by member.
+        newest: whether the newest version must be agreed to already.
+
+    Raises:
+        TrustError: as ``check_agreed``; or all members signed a version, and a later one says that it never took effect.
+    """
+    for before, after in zip((None, *lineage.versions), lineage.versions, strict=False):
+        if newest or after is not lineage.newest:
+            check_agreed(before, after, countersignatures.get(after.digest, {}))
+    for each in lineage.passed_over:
+        if took_effect(lineage, each, countersignatures.get(each.digest, {})):
+            raise _refused(
+                f"all members signed version {each.terms.version} ({each.digest.hex()[:16]}…), and version "
+                f"{lineage.newest.terms.version} or one before it says that it never took effect", "chain-in-force",
+            )  # fmt: skip
+
+
+def took_effect(lineage: Lineage, version: Accepted, countersignatures: Mapping[int, bytes]) -> bool:
+    """Whether all members of this version signed it, and enough of them with the keys that were in force before it."""
+    before = ancestors(version, lineage.every)[-1:]
+    try:
+        check_agreed(before[0] if before else None, version, countersignatures)
+    except SiloquyError:
+        return False
+    return True
 
 
 def check_pinned(versions: Sequence[Accepted], pinned: str) -> None:
@@ -208,40 +300,6 @@ def check_pinned(versions: Sequence[Accepted], pinned: str) -> None:
     known.add(keys.fingerprint(keys.stated(first, bytes.fromhex(first.seal_key))).replace(" ", ""))
     if given not in known:
         raise _refused(f"no version of this chain, nor its aggregator, is the pinned {given[:16]}…", "fingerprint")
-
-
-def changes(before: Contract, after: Contract) -> tuple[str, ...]:
-    """What is another in ``after``, for people: one sentence for each party and each value."""
-    return (*_parties_in_words(before, after), *_values_in_words(before, after))
-
-
-def _parties_in_words(before: Contract, after: Contract) -> Iterator[str]:
-    old, new = ({party.id: party for party in _parties(terms)} for terms in (before, after))
-    for number in sorted(old.keys() | new.keys()):
-        what = "silo" if number < 2**15 else "guardian"
-        if number not in new:
-            yield f"{what} {number}, {old[number].name} ({old[number].organisation}) leaves"
-        elif number not in old:
-            yield f"{what} {number}, {new[number].name} ({new[number].organisation}) joins: {_shown(new[number])}"
-        elif new[number].verify_key != old[number].verify_key:
-            yield f"{what} {number}, {new[number].name} ({new[number].organisation}) has a new key: {_shown(new[number])}"
-
-
-def _values_in_words(before: Contract, after: Contract) -> Iterator[str]:
-    for table in ("training", "privacy", "sum"):
-        old, new = getattr(before, table), getattr(after, table)
-        for field in old.__struct_fields__:
-            if getattr(old, field) != getattr(new, field):
-                yield f"{table}.{field}: {getattr(old, field)} becomes {getattr(new, field)}"
-    for field in ("expires", "signatures"):
-        if getattr(before, field) != getattr(after, field):
-            yield f"{field}: {getattr(before, field)} becomes {getattr(after, field)}"
-    if before.aggregator != after.aggregator:
-        yield f"aggregator {after.aggregator.name} has other keys: {_shown(after.aggregator, after.aggregator.seal_key)}"
-
-
-def _shown(party: keys.Party, seal_key: str = "") -> str:
-    return keys.fingerprint(keys.stated(party, bytes.fromhex(seal_key) or None))
 
 
 def _check_fixed(before: Contract, after: Contract) -> None:
@@ -262,6 +320,21 @@ def _check_overlap(before: Contract, after: Contract) -> None:
             f"{common} of the {before.silos} members of version {before.version} stay, it must be over half and at least {floor}",
             "chain-overlap",
         )
+
+
+def _check_blocks(before: Sequence[Contract], after: Contract) -> None:
+    """Return if no block of ``after`` cuts one of an earlier version: {1,2,3,4} and then {1,2,3} would give silo 4 away."""
+    if after.is_private:
+        return
+    new = {frozenset(block) for block in after.sum.blocks}
+    for terms in before:
+        for old in map(frozenset, terms.sum.blocks):
+            for cut in new:
+                if old & cut and old != cut:
+                    raise _refused(
+                        f"block {sorted(old)} of version {terms.version} and block {sorted(cut)} share silos and are not the same: "
+                        "without differential privacy the difference of their sums shows the others", "chain-blocks",
+                    )  # fmt: skip
 
 
 def _parties(terms: Contract) -> tuple[Member | Guardian, ...]:

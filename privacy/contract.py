@@ -21,6 +21,8 @@ Bound = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}\Z")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 """Words that people compare: printable, see ``_check_words``."""
+WHOLE_UP_TO = 10
+"""With ``audit = "auto"``, up to so many members every silo sums everything again."""
 GUARDIANS_FROM = 2**15
 """Silos have ids below, guardians above."""
 Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -86,16 +88,21 @@ class Training(Table, frozen=True, kw_only=True):
 
 
 class Privacy(Table, frozen=True, kw_only=True):
-    """The mechanism (docs/concepts/privacy.md). ``units`` is a rounded public figure per silo, never derived from records."""
+    """The mechanism (docs/concepts/privacy.md). ``units`` is a rounded public figure per silo, never derived from records.
 
+    ``off`` says in words that there is no noise and no epsilon. Then, and only then, are the figures of the guarantee left out
+    (here 0): ``privacy.federation.parse`` holds a contract to that.
+    """
+
+    off: Literal["", "no differential privacy"] = ""
     unit: Text = "record"
     units: Count
     max_records_per_unit: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     sampling_rate: Rate
     max_grad_norm: Positive
-    noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)]
-    epsilon: Positive
-    delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+    noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)] = 0.0
+    epsilon: Positive = 0.0
+    delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.0
     colluders: Annotated[int, msgspec.Meta(ge=1)] = 1
     lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
 
@@ -106,13 +113,15 @@ class Sum(Table, frozen=True, kw_only=True):
     ``consent``: every silo signs for every sum that holds its vector, and a silent silo closes the round. ``shares``: guardians
     hold shares of what unmasks a sum, so that ``dropouts`` silos may be missing and the round still ends with a sum;
     ``corrupt_guardians`` of them may work against everybody. ``blocks``: a partition of the members; a set is then a union of
-    whole blocks, so that no two sets differ by less than one.
+    whole blocks, so that no two sets differ by less than one. A contract without differential privacy must have them.
     """
 
     protocol: Literal["consent", "shares"] = "consent"
     dropouts: Annotated[int, msgspec.Meta(ge=0)] = 0
     corrupt_guardians: Annotated[int, msgspec.Meta(ge=0)] = 0
     blocks: tuple[tuple[Annotated[int, msgspec.Meta(ge=1, lt=2**15)], ...], ...] = ()
+    audit: Literal["auto", "whole", "slices"] = "auto"
+    """Who sums again before a sum is applied: every silo the whole, or each silo some slices; see ``Contract.sliced``."""
     ring_bits: Literal[32] = 32
     max_void_rounds: Annotated[int, msgspec.Meta(ge=0)] = 3
     deadline_s: Annotated[int, msgspec.Meta(ge=1, le=604800)] = 600
@@ -159,6 +168,8 @@ class Contract(Table, frozen=True, kw_only=True):
     version: Count
     name: Name
     previous: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    in_force: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """Digest of the version in force, where the ones after it never took effect (privacy.chain); "" where it is the one before."""
     expires: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
     signatures: Literal["ed25519", "ed25519+ml-dsa-65"] = "ed25519"
     task: Task
@@ -182,9 +193,19 @@ class Contract(Table, frozen=True, kw_only=True):
         return self.training.mode == "local"
 
     @property
+    def is_private(self) -> bool:
+        """Whether noise is added and an epsilon stated; otherwise the contract says ``off`` in words."""
+        return not self.privacy.off
+
+    @property
     def shared(self) -> bool:
         """Whether guardians hold shares of what unmasks a sum (share mode); otherwise every silo signs for every sum."""
         return self.sum.protocol == "shares"
+
+    @property
+    def sliced(self) -> bool:
+        """Whether silos audit slices of a sum (privacy.secure_sum.audits), so that none of them needs all masked vectors."""
+        return self.silos > WHOLE_UP_TO if self.sum.audit == "auto" else self.sum.audit == "slices"
 
     @property
     def fewest(self) -> int:

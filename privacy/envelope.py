@@ -42,6 +42,7 @@ from privacy.messages import (
     Listing,
     PairSeeds,
     Release,
+    SegmentVerdict,
     Shares,
     Signed,
     decode,
@@ -49,7 +50,7 @@ from privacy.messages import (
 )
 
 SignedType = Literal[Kind, "identity", "header"]
-M = TypeVar("M", EpochNote, PairSeeds, Confirmation, Header, Consent, Release)
+M = TypeVar("M", EpochNote, PairSeeds, Confirmation, Header, Consent, Release, SegmentVerdict)
 G = TypeVar("G", GuardianNote, Listing, Endorsement, Shares, Close)
 OVERHEAD_BYTES: Final = 1136
 """What ``seal`` adds: an encapsulated key of 1120 bytes and a tag of 16."""

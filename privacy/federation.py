@@ -37,15 +37,15 @@ from privacy.contract import (
     Training,
 )
 from privacy.dp import grid, ring
-from privacy.dp.mechanism import MOST_STEPS, LatticeGaussian
+from privacy.dp.mechanism import MOST_STEPS, LatticeGaussian, Mechanism, Unprotected
 from privacy.dp.mechanism import adversaries as of_a_sum
-from privacy.errors import ConfigError
+from privacy.errors import ConfigError, PrivacyRefusal
 from privacy.secure_sum.shamir import MOST_SHARES
 
 __all__ = [
     "GUARDIANS_FROM", "Accepted", "Adapter", "Aggregator", "Contract", "Guardian", "Hex32", "Member", "Model", "Name", "Positive",
-    "Privacy", "Signer", "Sum", "Table", "Task", "Text", "Training", "adversaries", "mechanism", "parse", "ring_plan",
-    "ring_plan_at", "update_grid",
+    "Privacy", "Signer", "Sum", "Table", "Task", "Text", "Training", "adversaries", "event", "mechanism", "parse",
+    "ring_plan", "ring_plan_at", "update_grid",
 ]  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def parse(raw: bytes) -> Accepted:
     _check_words(terms)
     _check_suite(terms)
     _check_members(terms)
+    _check_off(terms)
     _check_sum(terms)
     _check_terms(terms)
     return Accepted(terms=terms, raw=raw, digest=hashlib.sha256(raw).digest())
@@ -108,13 +109,33 @@ def mechanism(terms: Contract, *, shares: int | None = None, rounds: int | None 
     """What ``rounds`` rounds release, against an adversary that faces ``shares`` noise shares (default: the plan's T and h).
 
     In local mode a silo is charged its own steps alone: nothing is taken off for the mean, for other silos' noise or for masks.
+
+    Raises:
+        PrivacyRefusal: the contract has no differential privacy; ``event`` is what a ledger is told then.
     """
+    if not terms.is_private:
+        raise PrivacyRefusal(
+            "this contract has no differential privacy: no accountant can be asked about it",
+            hint="there is no epsilon to compute", code="no-differential-privacy",
+        )  # fmt: skip
     plan = ring_plan(terms)
     return LatticeGaussian(
         sampling_rate=terms.privacy.sampling_rate,
         lattice_bits=plan.lattice_bits,
         share_variance=plan.share_variance,
         shares=terms.shares if shares is None else shares,
+        dimension=terms.dimension,
+        steps=terms.steps if rounds is None else rounds * terms.training.steps_per_round,
+    )
+
+
+def event(terms: Contract, *, rounds: int | None = None) -> Mechanism:
+    """What a silo's ledger is charged for ``rounds`` rounds (default: the plan): ``mechanism``, or that there is no noise."""
+    if terms.is_private:
+        return mechanism(terms, rounds=rounds)
+    return Unprotected(
+        sampling_rate=terms.privacy.sampling_rate,
+        lattice_bits=ring_plan(terms).lattice_bits,
         dimension=terms.dimension,
         steps=terms.steps if rounds is None else rounds * terms.training.steps_per_round,
     )
@@ -167,13 +188,38 @@ def _check_apart(who: str, parties: Sequence[Signer], *fields: str) -> None:
             raise _contradiction(f"two {who} share one {field}", ", ".join(sorted(set(values)))[:200])
 
 
+def _check_off(terms: Contract) -> None:
+    """With noise every figure of the guarantee is stated; without it none is, and the members stand in blocks.
+
+    **Formal guarantees** of a contract without differential privacy that parses: it says so in words, it has neither noise nor
+    epsilon nor delta, and it has a partition of the members into blocks of at least u_min (``_check_blocks``). So every sum of
+    released ones, with whatever factors, has the same factor for all silos of a block: none holds fewer than u_min silos.
+    """
+    figures = ("noise_multiplier", "epsilon", "delta")
+    if terms.is_private:
+        for name in figures:
+            if not getattr(terms.privacy, name):
+                raise _contradiction(f"Object missing required field `{name}` - at `$.privacy`", "with noise it must be stated")
+        return
+    if given := [name for name in figures if getattr(terms.privacy, name)]:
+        raise _contradiction(f"privacy.off with {', '.join(given)}", "there is no noise, and no figure holds")
+    if not terms.sum.blocks:
+        raise _contradiction(
+            "no differential privacy, and no sum.blocks", "without noise sums of overlapping sets give one silo away"
+        )
+    if terms.sum.two_silos_see_each_other:
+        raise _contradiction("no differential privacy among two silos", "each would read the other's sum of gradients")
+
+
 def _check_sum(terms: Contract) -> None:
     """Consent mode has nothing of share mode; share mode has guardians, and thresholds at which it hides and ends."""
     if not terms.shared:
-        given = [name for name in ("dropouts", "corrupt_guardians", "blocks") if getattr(terms.sum, name)]
+        theirs = ("dropouts", "corrupt_guardians", *(("blocks",) if terms.is_private else ()))
+        given = [name for name in theirs if getattr(terms.sum, name)]
         given += ["guardian"] if terms.guardian else []
         if given:
             raise _contradiction(f"protocol = consent with {', '.join(given)}", 'these belong to protocol = "shares"')
+        _check_blocks(terms)
         return
     t_d, t_c = terms.sum.dropouts, terms.privacy.colluders
     if terms.sum.two_silos_see_each_other:
@@ -249,7 +295,7 @@ def _check_terms(terms: Contract) -> None:
     if terms.steps > MOST_STEPS:
         raise _contradiction(f"rounds x steps_per_round = {terms.steps}", f"at most {MOST_STEPS} private steps are accounted for")
     ceiling = min(1e-5, 1 / (10 * terms.privacy.units * terms.silos))
-    if not terms.privacy.delta <= ceiling:
+    if not terms.privacy.delta <= ceiling:  # 0 without privacy
         raise _contradiction(f"delta = {terms.privacy.delta:g}", f"at most 1e-5 and 1/(10 · all units), here {ceiling:g}")
     if len(set(terms.task.labels)) != len(terms.task.labels):
         raise _contradiction("a label stands twice in task.labels", ", ".join(terms.task.labels))

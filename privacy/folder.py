@@ -172,6 +172,21 @@ def read(root: Path, *parts: str, most: int, digest: bytes | None = None) -> byt
     return found if is_right else None
 
 
+def read_part(root: Path, *parts: str, start: int, size: int) -> bytes | None:
+    """``size`` bytes of a regular file from byte ``start`` on; None when it is not there, is no regular file, or is shorter.
+
+    They are held to no digest: the reader must know by other means that they are right.
+
+    Raises:
+        MachineError: it is there and cannot be read.
+    """
+    with _opened(root, parts) as descriptor:
+        if descriptor is None:
+            return None
+        found = b"".join(_read_on(descriptor, start, size))
+        return found if len(found) == size else None
+
+
 def is_whole(root: Path, *parts: str, digest: bytes, most: int) -> bool:
     """Whether the file is there with this digest and at most ``most`` bytes; it is read in pieces and not kept.
 
@@ -200,26 +215,39 @@ def size(root: Path, *parts: str) -> int | None:
 
 def _chunks(root: Path, parts: tuple[str, ...], most: int) -> Iterator[bytes]:
     """The content of a regular file; nothing when there is none."""
-    with _entered(root, parts[:-1]) as folder:
-        if folder is None:
-            return
-        try:
-            descriptor = os.open(parts[-1], _PLAIN, dir_fd=folder)
-        except OSError as error:
-            if error.errno in _ABSENT:
-                return
-            raise _cannot_read(root.joinpath(*parts), error) from error
-    try:
+    with _opened(root, parts) as descriptor:
         done = 0
-        while stat.S_ISREG(os.fstat(descriptor).st_mode) and (chunk := os.read(descriptor, _CHUNK)):
+        while descriptor is not None and (chunk := os.read(descriptor, _CHUNK)):
             done += len(chunk)
             if done > most:
                 raise TooLong
             yield chunk
+
+
+def _read_on(descriptor: int, start: int, size: int) -> Iterator[bytes]:
+    while size > 0 and (chunk := os.pread(descriptor, min(size, _CHUNK), start)):
+        start, size = start + len(chunk), size - len(chunk)
+        yield chunk
+
+
+@contextlib.contextmanager
+def _opened(root: Path, parts: tuple[str, ...]) -> Iterator[int | None]:
+    """A descriptor of a regular file, reached without a link below ``root``, or None. Raises MachineError: it cannot be read."""
+    with _entered(root, parts[:-1]) as folder:
+        descriptor = None
+        try:
+            if folder is not None:
+                descriptor = os.open(parts[-1], _PLAIN, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise _cannot_read(root.joinpath(*parts), error) from error
+    try:
+        yield descriptor if descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     except OSError as error:
         raise _cannot_read(root.joinpath(*parts), error) from error
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

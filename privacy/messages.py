@@ -34,12 +34,15 @@ Kind = Literal[
     "contract", "countersignature",
     "epoch", "epoch-note", "guardian-note", "roster", "pair-seeds", "confirmation",
     "manifest", "upload", "list", "freeze", "consent", "endorsement", "certificate", "release", "shares", "close",
+    "vector", "claim", "verdict", "audit",
     "outcome", "acknowledgement",
+    "refusal", "report",
     "checkpoint", "cosignature", "head",
 ]  # fmt: skip
 KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
 AGGREGATOR_KINDS = frozenset(
-    {"contract", "epoch", "roster", "manifest", "freeze", "certificate", "outcome", "checkpoint", "head"}
+    {"contract", "epoch", "roster", "manifest", "freeze", "certificate", "vector", "claim", "audit", "outcome", "refusal", "report"}
+    | {"checkpoint", "head"}
 )
 NOTE_KINDS = frozenset({"checkpoint", "cosignature", "head"})
 """Kinds whose documents are signed notes about the log (privacy.transparency.log) and not ``Signed``; they are no leaves of it."""
@@ -259,10 +262,62 @@ class Close(Wire, frozen=True, kw_only=True):
     released: bool
 
 
+class Vector(Wire, frozen=True, kw_only=True):
+    """A silo's masked vector in the clear, little-endian uint32, where slices are audited. Not signed: the header has its root.
+
+    The words come last, so that their places are known and a part of them can be fetched by itself.
+    """
+
+    round_ctx: Digest
+    silo: SiloId
+    words: bytes
+
+
+class SumClaim(Wire, frozen=True, kw_only=True):
+    """Where slices are audited: the sum that the aggregator found, and all that each segment of it is held to, before the outcome.
+
+    ``certificate``: digest of the certificate's body, which picks the auditors. ``segments``: the hash of every segment of the sum.
+    ``openings``: by ascending silo of the set, the hash of every segment of its masked vector. ``seeds`` and ``pair_keys``: as
+    in Outcome.
+    """
+
+    round_ctx: Digest
+    frozen: Digest
+    certificate: Digest
+    segments: tuple[Digest, ...]
+    openings: tuple[tuple[SiloId, tuple[Digest, ...]], ...]
+    seeds: tuple[tuple[SiloId, Digest], ...]
+    pair_keys: tuple[tuple[SiloId, SiloId, Digest], ...] = ()
+
+
+class SegmentVerdict(Wire, frozen=True, kw_only=True):
+    """What a silo found of the segments it summed again, each in one list, ascending: they are ``right``; or ``wrong``, with the
+    hash that it found; or ``withheld``, with the first silo whose piece did not come or did not match its header.
+
+    ``claim``: digest of the claim's body.
+    """
+
+    round_ctx: Digest
+    silo: SiloId
+    claim: Digest
+    right: tuple[Number, ...]
+    wrong: tuple[tuple[Number, Digest], ...] = ()
+    withheld: tuple[tuple[Number, SiloId], ...] = ()
+
+
+class Audit(Wire, frozen=True, kw_only=True):
+    """The verdicts, as signed, by ascending silo, on which a sum may be applied."""
+
+    round_ctx: Digest
+    claim: Digest
+    verdicts: tuple[bytes, ...]
+
+
 class Outcome(Wire, frozen=True, kw_only=True):
     """How a round ended. For ``result``, by ascending silo of the set: every masked vector and the seed of its self mask; the sum
     they give (all vectors little-endian uint32), and the digest of the next state. With these every silo computes the sum again
-    itself. Where silos of the epoch are missing in the set, ``pair_keys`` holds k_ij for every i in it and j missing.
+    itself. Where silos of the epoch are missing in the set, ``pair_keys`` holds k_ij for every i in it and j missing. Where slices
+    are audited ``vectors`` is empty: they are documents of their own.
 
     ``closes``: in share mode, the q words of guardians that end a round without a sum. It is ``void`` when they prove that no
     certificate can exist; otherwise ``annulled``: nothing was summed, and everything counts as released.

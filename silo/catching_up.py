@@ -3,7 +3,8 @@
 
 Promised: every round is verified as its own silos verify it (silo.witness), from the public documents alone: manifest, set,
 certificate, masked vectors, seeds; the state is this silo's own arithmetic under that round's contract. Nothing is charged: this
-silo took no part. Not promised: that the aggregator still has the vectors of every round.
+silo took no part. Its own optimiser (local mode) stays as it was after the last result that it was part of: what others did
+does not move it. Not promised: that the aggregator still has the vectors of every round.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from silo import session
 from silo.home import Home, Progress
 from silo.settlement import load_progress
 from silo.succession import ancestors
-from silo.transport import Transport
+from silo.transport import Transport, vectors_of
 from silo.witness import Stage, Witness
 
 _NOBODY = 0
@@ -70,10 +71,13 @@ def _followed(
     def get(kind: Stage) -> bytes | None:
         return transport.get(kind, number, AGGREGATOR, wait_s=0)
 
-    judged = seen.judged(outcome, before, round_ctx, own_header=None, consented=agreed_set(seen, round_ctx, get), get=get)
+    judged = seen.judged(
+        outcome, before, round_ctx, own_header=None, consented=agreed_set(seen, round_ctx, get), get=get,
+        fetch=vectors_of(transport, number),
+    )  # fmt: skip
     return Progress(
         contract=seen.accepted.digest, epoch=manifest.epoch, round=number, manifest=round_ctx, outcome=judged.digest,
-        voids=0 if judged.kind == "result" else before.voids + 1, state=judged.state, stood=judged.stood,
+        voids=0 if judged.kind == "result" else before.voids + 1, state=judged.state, stood=judged.stood, own=before.own,
     )  # fmt: skip
 
 

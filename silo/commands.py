@@ -15,6 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from privacy.dp import unprotected
 from privacy.dp.budget import Gate
 from privacy.dp.ledger import Ledger, is_begun
 from privacy.errors import ConfigError, LedgerBroken
@@ -25,8 +28,8 @@ from silo.catching_up import catch_up
 from silo.folder import transporting
 from silo.home import Home
 from silo.participation import participate
+from silo.parts import Parts, Settled
 from silo.reading import limits, opened, plan
-from silo.round import Parts, Settled
 from silo.session import Superseded
 from silo.settlement import load_progress
 from silo.succession import Fetched
@@ -122,6 +125,12 @@ class Visit:
         """The contract to be countersigned."""
         return self.fetched.newest
 
+    @property
+    def cost(self) -> dict[str, Any]:
+        """The whole plan's epsilon for a JSON document; null with the reason where there is no differential privacy."""
+        epsilon = unprotected.figure(self.plan_epsilon)
+        return {"epsilon": epsilon} if epsilon is not None else {"epsilon": None, "epsilon_none": unprotected.IN_WORDS}
+
     def countersign(self) -> Member:
         """Check budget, limits, model and records, sign, and post; which member this silo is."""
         return membership.countersign(
@@ -144,14 +153,19 @@ class Visit:
 
 
 @contextlib.contextmanager
-def joining(root: Path, fingerprint: str, *, folder: Path | None = None) -> Iterator[Visit]:
+def joining(root: Path, fingerprint: str, *, folder: Path | None = None, without_privacy: bool = False) -> Iterator[Visit]:
     """Fetch the contract for ``silo join``. ``fingerprint`` is the one given now, or the configured one; so is ``folder``.
+
+    Args:
+        without_privacy: this silo's word, given now, that the contract may have no differential privacy.
 
     Raises:
         ConfigError: no fingerprint anywhere.
         SiloquyError: as ``silo.membership``.
     """
     home, settings = opened(root)
+    if without_privacy:
+        settings = msgspec.structs.replace(settings, limits=msgspec.structs.replace(settings.limits, without_privacy=True))
     expected = fingerprint or settings.aggregator.fingerprint or succession.kept_pin(home)
     if not expected:
         raise ConfigError(
@@ -217,8 +231,9 @@ class Session:
         state = load_progress(self._home, self._work.parts.accepted).state
         return {
             "rounds": self._settled,
-            "epsilon": spent.epsilon,
-            "delta": spent.delta,
+            "epsilon": unprotected.figure(spent.epsilon),
+            "delta": reading.delta_of(spent),
+            **reading.why_none(spent),
             "limit": self._limit,
             "model_digest": state.digest.hex(),
         }

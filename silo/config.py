@@ -49,10 +49,14 @@ class Records(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Limits(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The most this silo spends on any of its units, whatever a contract asks for."""
+    """The most this silo spends on any of its units, whatever a contract asks for.
+
+    ``without_privacy``: its word that it takes part where there is no differential privacy at all; no limit then holds.
+    """
 
     epsilon: Positive
     delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+    without_privacy: bool = False
 
 
 class Compute(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -170,6 +174,7 @@ path = {records}
 # The most this silo spends on any privacy unit, over all runs. A round beyond it is refused before a record is read.
 epsilon = {epsilon}
 delta = {delta}
+# without_privacy = true   # takes part even where NO noise protects these records: docs/concepts/privacy.md says what that means
 
 [compute]
 device = {device}        # auto | cpu | cuda

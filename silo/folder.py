@@ -30,7 +30,7 @@ from privacy.messages import AGGREGATOR, Kind, decode
 from privacy.transparency import notes
 from privacy.transparency.log import MOST_RESOURCE_BYTES, UNLOGGED, WIDTH, Leaf, is_resource, unbundle
 from silo.config import Aggregator
-from silo.transport import MOST_BYTES, MOST_BYTES_OUTCOME, HttpTransport, refusal
+from silo.transport import HttpTransport, most_bytes, refusal
 
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.25
@@ -77,7 +77,7 @@ class FolderTransport:
             SiloquyError: the aggregator's refusal of a document that was put before, as its class; never a Replay.
         """
         slot: Slot = (cast(Kind, kind), number, party)
-        most = _most(kind)
+        most = most_bytes(kind)
         start, pause = self._clock(), _FIRST_PAUSE_S
         while True:
             with self._lock:
@@ -94,6 +94,18 @@ class FolderTransport:
                 if slot in self._seen:
                     raise self._incomplete(f"the {kind} {number} of party {party} was in {self._root} before and is not now")
                 return None
+            self._sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def part(self, kind: str, number: int, party: int, start: int, size: int, *, wait_s: float) -> bytes | None:
+        """See silo.transport.Transport: no more is read of the file than was asked for. Raises MachineError as ``get`` does."""
+        end, pause = self._clock() + wait_s, _FIRST_PAUSE_S
+        while True:
+            with self._lock:
+                self._look()
+                found = self._view.part((cast(Kind, kind), number, party), start, size)
+            if found is not None or (left := end - self._clock()) <= 0:
+                return found
             self._sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -236,11 +248,6 @@ def transporting(at: Aggregator, given: Path | None = None) -> Iterator[HttpTran
         transport.close()
 
 
-def _most(kind: str) -> int:
-    """The most bytes a document of this kind may have."""
-    return MOST_BYTES_OUTCOME if kind in ("outcome", "upload") else MOST_BYTES
-
-
 def _is_whole_resource(path: str, data: bytes) -> bool:
     """Whether a file of the log is no half copy, cut off or with zeros for its end: their names have no digest."""
     stem, _, width = path.partition(".p/")
@@ -301,6 +308,14 @@ class _View:
                 f"{found.name} is longer than {most} bytes", hint="check [aggregator] folder", code="too-large", most=most
             ) from None
 
+    def part(self, slot: Slot, start: int, size: int) -> bytes | None:
+        """Some bytes of the document's file, which need not be whole yet; None while it is not there, or shorter."""
+        for each in sorted(self._slots.get(slot, ()), key=lambda each: each.name):
+            found = folder.read_part(self._root, *each.folder, each.name, start=start, size=size)
+            if found is not None:
+                return found
+        return None
+
     def _rests_on_whole(self, document: Posted) -> bool:
         """Whether everything between the outcome before it and it is whole, that outcome included."""
         if document.kind == "manifest" and not self._stands(("head", document.number, AGGREGATOR)):  # which it names
@@ -322,7 +337,7 @@ class _View:
             return True
         if self._clock() < self._try_again_at.get(document, float("-inf")):
             return False
-        if folder.is_whole(self._root, *document.folder, document.name, digest=document.digest, most=_most(document.kind)):
+        if folder.is_whole(self._root, *document.folder, document.name, digest=document.digest, most=most_bytes(document.kind)):
             self._whole.add(document)
             self._try_again_at.pop(document, None)
             return True

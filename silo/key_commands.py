@@ -10,6 +10,7 @@ from privacy.errors import ConfigError, TrustError
 from privacy.federation import Accepted
 from privacy.identity import keys
 from silo import keyring, succession
+from silo.guardians import guard_commands
 from silo.home import Home
 from silo.reading import fingerprints, opened
 
@@ -33,14 +34,18 @@ def show(root: Path) -> dict[str, Any]:
 
 
 def rotate(root: Path, *, lost: bool) -> dict[str, Any]:
-    """A new key for this silo, or the one of a rotation that was begun; what to send and what to read aloud.
+    """A new key for this silo, or guardian, or the one of a rotation that was begun; what to send and what to read aloud.
 
     Raises:
         As ``silo.keyring.rotate``.
     """
-    home, settings = opened(root)
+    if guard_commands.is_alone(root):
+        home, organisation = Home(root), guard_commands.organisation(root)
+    else:
+        home, settings = opened(root)
+        organisation = settings.organisation
     with home.locked():
-        made = keyring.rotate(home, organisation=settings.organisation, lost=lost)
+        made = keyring.rotate(home, organisation=organisation, lost=lost)
     plain, both = fingerprints(made.identity)
     return {
         "name": made.identity.name, "identity": str(home.public_path), "fingerprint": plain, "fingerprint_ml_dsa": both,

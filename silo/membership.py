@@ -10,11 +10,12 @@ invents all of them; ``terms_in_words`` prints names and fingerprints so that pe
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from privacy import base_model, chain
-from privacy.dp import accounting
+from privacy.dp import accounting, budget
 from privacy.envelope import open_contract
 from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member, mechanism
@@ -52,14 +53,14 @@ def fetch(transport: Transport, fingerprint: str, *, home: Home | None = None) -
 def terms_in_words(accepted: Accepted) -> list[str]:
     """What this silo agrees to by countersigning, one sentence a line, names and fingerprints last."""
     terms = accepted.terms
-    plan = terms.privacy
     return [
+        *_loud(terms),
         f"federation {terms.name}, contract version {terms.version}, expires {terms.expires}",
         f"contract digest {_grouped(accepted.digest.hex())}",
         f"task: {terms.task.kind} into {len(terms.task.labels)} labels: {_some(terms.task.labels)}",
         f"base model: {terms.model.name}, digest {terms.model.digest[:16]}…",
         f"trained: {terms.dimension} numbers, rank {terms.adapter.rank}",
-        f"privacy unit: {_unit(terms)}; adding or removing one is hidden up to epsilon {plan.epsilon:g} at delta {plan.delta:g}",
+        f"privacy unit: {_unit(terms)}; {_hidden(terms)}",
         *_rounds_in_words(terms),
         f"what leaves this silo: one masked vector of {4 * terms.dimension} bytes a round, and signed protocol messages",
         "what never leaves: records, labels, counts, losses, and any unmasked vector",
@@ -88,13 +89,18 @@ def check_limits(accepted: Accepted, limits: Limits) -> float:
     """The declared plan's certified epsilon at the contract's delta, refused when it is above the silo's limit.
 
     The figure is the one the plan guarantees: against the aggregator and ``colluders`` silos (in local mode: against everyone),
-    all rounds, from nothing spent. The gate composes it with what the ledger holds already.
+    all rounds, from nothing spent. The gate composes it with what the ledger holds already. Infinite without differential privacy,
+    for which this silo must have given its word.
 
     Raises:
+        PrivacyRefusal: the contract has no differential privacy, and this silo did not say that it may.
         BudgetExhausted: the plan's epsilon, or its delta, is above the limit.
         NotCertified: no bound exists for these terms.
     """
     terms = accepted.terms
+    if not terms.is_private:
+        budget.require_word(limits.without_privacy)
+        return math.inf
     if terms.privacy.delta > limits.delta:
         raise BudgetExhausted(
             f"the contract's delta is {terms.privacy.delta:g}, this silo's limit is {limits.delta:g}",
@@ -227,7 +233,7 @@ def verify_all_countersigned(transport: Transport, accepted: Accepted, *, home: 
             code="not-countersigned",
         )
     if version > 1:
-        chain.check_agreed(next(iter(succession.ancestors(home, accepted).values()), None), accepted, agreed)
+        chain.check_agreed(next(reversed(succession.ancestors(home, accepted).values()), None), accepted, agreed)
     return tuple(member.id for member in accepted.terms.member)
 
 
@@ -268,9 +274,38 @@ def _unit(terms: Contract) -> str:
     return ("one record" if plan.unit == "record" else f"one value of {plan.unit}") + records
 
 
+def _loud(terms: Contract) -> list[str]:
+    """What comes first where there is no differential privacy: one sentence that nobody can read past."""
+    if terms.is_private:
+        return []
+    least = min(map(len, terms.sum.blocks))
+    what = "changes of the model" if terms.is_local else "gradients"
+    return [
+        f"NO DIFFERENTIAL PRIVACY: no noise is added. In each round everybody sees the exact sum of at least {least} silos' {what} "
+        "in the clear, and records of this silo can be reconstructed from such sums; masks hide only which silo added what"
+    ]
+
+
+def _hidden(terms: Contract) -> str:
+    plan = terms.privacy
+    if not terms.is_private:
+        return "adding or removing one is NOT hidden: epsilon is infinite, here and on this silo's ledger for good"
+    return f"adding or removing one is hidden up to epsilon {plan.epsilon:g} at delta {plan.delta:g}"
+
+
+def _blocks(terms: Contract) -> str:
+    return ", ".join("{" + ", ".join(map(str, block)) + "}" for block in terms.sum.blocks)
+
+
 def _rounds_in_words(terms: Contract) -> list[str]:
     """What a round is, against whom epsilon holds, and whose noise it rests on."""
     plan, training = terms.privacy, terms.training
+    if not terms.is_private:
+        return [
+            f"over {training.rounds} rounds of {training.steps_per_round} steps; nothing holds against anyone who sees a sum",
+            f"each step samples units at rate {plan.sampling_rate:g} and clips at norm {plan.max_grad_norm:g}, which hides nothing",
+            f"no noise; a sum is over whole blocks of silos, which are {_blocks(terms)}",
+        ]
     if training.mode == "local":
         return [
             f"over {training.rounds} rounds of {training.steps_per_round} steps that this silo takes alone, against everyone",
@@ -285,15 +320,26 @@ def _rounds_in_words(terms: Contract) -> list[str]:
 
 
 def _sum_in_words(terms: Contract) -> list[str]:
-    """Who must agree before a sum is opened, and whose absence a sum survives."""
+    """Who must agree before a sum is opened, whose absence a sum survives, and who sums again before it is applied."""
     if not terms.shared:
-        return ["a sum is opened only when every silo has signed for exactly that sum"]
+        return ["a sum is opened only when every silo has signed for exactly that sum", _again_in_words(terms)]
     every, corrupt = len(terms.guardian), terms.sum.corrupt_guardians
     return [
         f"a sum may be without {terms.sum.dropouts} of the {terms.silos} silos; of fewer than {terms.fewest} none is ever opened",
         f"a sum is opened only when {terms.quorum} of the {every} guardians have signed for exactly it; an upload agrees to that",
         f"{corrupt} guardians together with the aggregator learn nothing more; {terms.quorum} would read every upload",
+        _again_in_words(terms),
     ]
+
+
+def _again_in_words(terms: Contract) -> str:
+    if not terms.sliced:
+        return "a sum is applied only when this silo has added up all masked vectors again itself"
+    at_least, colluders = terms.privacy.colluders + 1, terms.privacy.colluders
+    return (
+        f"a sum is applied only when {at_least} silos have added up every MiB of it again; this silo does its share of it, "
+        f"and a wrong sum is caught while at most {colluders} silos lie"
+    )
 
 
 def _some(labels: tuple[str, ...]) -> str:

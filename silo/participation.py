@@ -17,7 +17,8 @@ from privacy.errors import Replay, RoundError, TrustError
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
 from silo import session
 from silo.guardians.guarding import Watching, guarding
-from silo.round import POLL_S, Parts, Rounds, Settled
+from silo.parts import Parts, Settled
+from silo.round import POLL_S, Rounds
 from silo.session import Epoch
 from silo.settlement import load_progress
 from silo.succession import ancestors

@@ -16,12 +16,13 @@ from typing import Any
 import msgspec
 
 from privacy import files
+from privacy.dp import unprotected
 from privacy.dp.accounting import Certificate
 from privacy.dp.budget import Account, Limits
 from privacy.dp.ledger import History
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp.mechanism import Mechanism
 from privacy.errors import ConfigError
-from privacy.federation import Accepted, Contract, mechanism
+from privacy.federation import Accepted, Contract, event
 from privacy.identity import keys
 from silo import config, keyring, succession
 from silo.home import Home
@@ -54,9 +55,10 @@ def status(root: Path) -> dict[str, Any]:
         "mode": accepted.terms.training.mode,
         "rounds_planned": accepted.terms.training.rounds,
         "steps_per_round": accepted.terms.training.steps_per_round,
-        "epsilon": spent.epsilon,
-        "epsilon_pld": _by_pld(spent),
-        "delta": spent.delta,
+        "epsilon": unprotected.figure(spent.epsilon),
+        "epsilon_pld": unprotected.figure(spent.epsilon_pld),
+        "delta": delta_of(spent),
+        **why_none(spent),
         "limit": settings.limits.epsilon,
         "model_digest": progress.state.digest.hex(),
     }
@@ -70,18 +72,19 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
     spent = account.spent()
     ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
     return {
-        "epsilon": spent.epsilon,
-        "epsilon_pld": _by_pld(spent),
-        "epsilon_rdp": spent.epsilon_rdp,
-        "delta": spent.delta,
+        "epsilon": unprotected.figure(spent.epsilon),
+        "epsilon_pld": unprotected.figure(spent.epsilon_pld),
+        "epsilon_rdp": unprotected.figure(spent.epsilon_rdp),
+        "delta": delta_of(spent),
+        **why_none(spent),
         "limit": settings.limits.epsilon,
         "left": account.left,
-        **({} if fewest(accepted.terms) is None else {"epsilon_stood": account.stood().epsilon}),
+        **({} if fewest(accepted.terms) is None else {"epsilon_stood": unprotected.figure(account.stood().epsilon)}),
         "steps": planned - account.steps_left,
         "steps_left": account.steps_left,
         "steps_per_round": accepted.terms.training.steps_per_round,
         "rounds_left": account.attempts_left,
-        "forecast": [{"rounds": rounds, "epsilon": epsilon} for rounds, epsilon in account.forecast(ahead)],
+        "forecast": [{"rounds": more, "epsilon": unprotected.figure(epsilon)} for more, epsilon in account.forecast(ahead)],
     }
 
 
@@ -138,8 +141,9 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())},
         "round": progress.round,
         "model_digest": progress.state.digest.hex(),
-        "epsilon": spent.epsilon,
-        "delta": spent.delta,
+        "epsilon": unprotected.figure(spent.epsilon),
+        "delta": delta_of(spent),
+        **why_none(spent),
     }
 
 
@@ -161,8 +165,11 @@ def opened(root: Path) -> tuple[Home, config.Config]:
 
 def limits(settings: config.Config, accepted: Accepted) -> Limits:
     """The silo's limits in the contract's delta, which is the smaller one: the ledger's figures are then those of the report."""
-    own = settings.limits
-    return Limits(epsilon=own.epsilon, delta=min(own.delta, accepted.terms.privacy.delta), filter_delta=own.delta)
+    own, stated = settings.limits, accepted.terms.privacy.delta
+    return Limits(
+        epsilon=own.epsilon, delta=min(own.delta, stated) if accepted.terms.is_private else own.delta, filter_delta=own.delta,
+        without_privacy=own.without_privacy,
+    )  # fmt: skip
 
 
 def fingerprints(identity: keys.Identity) -> tuple[str, str]:
@@ -172,7 +179,7 @@ def fingerprints(identity: keys.Identity) -> tuple[str, str]:
     return keys.fingerprint(public.under(keys.ED25519)), both
 
 
-def plan(history: History, accepted: Accepted, opened: int) -> LatticeGaussian:
+def plan(history: History, accepted: Accepted, opened: int) -> Mechanism:
     """What a contract may still cost this silo: the plan it declared under it, else every round that was not opened yet.
 
     Args:
@@ -180,7 +187,7 @@ def plan(history: History, accepted: Accepted, opened: int) -> LatticeGaussian:
     """
     known, per_round = history.plan(accepted.digest.hex()), accepted.terms.training.steps_per_round
     left = max(1, accepted.terms.training.rounds - opened)
-    return mechanism(accepted.terms, rounds=left if known is None else known.mechanism.steps // per_round)
+    return event(accepted.terms, rounds=left if known is None else known.mechanism.steps // per_round)
 
 
 def settled(home: Home, accepted: Accepted) -> int:
@@ -202,9 +209,14 @@ def _account(home: Home, accepted: Accepted, settings: config.Config) -> tuple[A
 
 def fewest(terms: Contract) -> int | None:
     """For how few silos in a sum the plan counts its noise, where more may stand; None elsewhere."""
-    return terms.fewest if terms.shared and not terms.is_local else None
+    return terms.fewest if terms.shared and terms.is_private and not terms.is_local else None
 
 
-def _by_pld(spent: Certificate) -> float | None:
-    """The PLD figure, or None where none was computed: JSON has no infinity."""
-    return spent.epsilon_pld if math.isfinite(spent.epsilon_pld) else None
+def delta_of(spent: Certificate) -> float | None:
+    """The delta of a figure; None where there is none."""
+    return spent.delta if math.isfinite(spent.epsilon) else None
+
+
+def why_none(spent: Certificate) -> dict[str, str]:
+    """Why a document has no epsilon, to be put beside it; nothing where it has one."""
+    return {} if math.isfinite(spent.epsilon) else {"epsilon_none": unprotected.IN_WORDS}

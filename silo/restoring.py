@@ -34,7 +34,7 @@ from privacy import envelope, files
 from privacy.dp.entries import Commit, Reserve, Void
 from privacy.dp.ledger import History, Ledger
 from privacy.errors import LedgerBroken, RoundError, TrustError
-from privacy.federation import Accepted, mechanism
+from privacy.federation import Accepted, event
 from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Header, Kind, Manifest, Outcome, Signed, Upload, decode
 from privacy.secure_sum import guardian_sum
@@ -212,7 +212,7 @@ def _charge(ledger: Ledger, rounds: Sequence[_Opened]) -> None:
 def _reserve(ledger: Ledger, opened: _Opened, attempt: str) -> None:
     """Charge one attempt at a round in full, whatever the limits."""
     terms = opened.contract.terms
-    one = mechanism(terms).with_steps(terms.training.steps_per_round)
+    one = event(terms).with_steps(terms.training.steps_per_round)
     ledger.reserve(contract=opened.key, round_number=opened.number, attempt=attempt, mechanism=one)
 
 
@@ -307,7 +307,7 @@ class _Board:
     def _ended(self, outcome: Outcome, contract: Accepted) -> Literal["result", "without", "void"]:
         if outcome.kind != "result":
             return "void"
-        return "without" if contract.terms.shared and self.silo not in dict(outcome.vectors) else "result"
+        return "without" if contract.terms.shared and self.silo not in dict(outcome.seeds) else "result"
 
     def _sent(self, document: bytes, contract: Accepted, epoch: Epoch, ctx: bytes) -> _Sent:
         """What the header in an upload states, once both signatures are verified as this silo's."""

@@ -24,17 +24,14 @@ Not promised: that a round completes (one silent silo closes it), or that its ti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
 from privacy import envelope, files
 from privacy.errors import Equivocation, Replay, RoundError, TrustError
-from privacy.federation import Accepted, Member
 from privacy.identity import keys
 from privacy.messages import (
     AGGREGATOR,
@@ -47,74 +44,24 @@ from privacy.messages import (
     decode,
     encode,
 )
-from privacy.prg import Randomness
 from privacy.secure_sum import guardian_sum
 from privacy.update_rule import State
+from silo.auditing import Auditor, complained
 from silo.catching_up import agreed_set
-from silo.home import Home, Progress
+from silo.home import Progress
 from silo.learning import local
+from silo.parts import Parts, Settled
 from silo.session import Epoch
-from silo.settlement import Integers, Words, load_progress, refuse_to_go_on, shown
-from silo.transport import Transport
+from silo.settlement import Words, load_progress, refuse_to_go_on, shown
+from silo.transport import vectors_of
 from silo.upload import Persisted, masked, noisy
 from silo.watch import Watch, expect
-from silo.witness import Ending, Stage, Witness
+from silo.witness import Stage, Witness
 
 POLL_S = 5.0
 HEAD_WAIT_S = 3.0
 """How long a settled round waits for the head that covers it; where it comes later, the next round's start reads it."""
 ID_BYTES = 16
-
-Contribute = Callable[[State], Integers]
-"""The clamped, noiseless integer sum (d,) of one private step at this state, from a fresh sample."""
-
-
-class Gate(Protocol):
-    """What a round needs of privacy.dp.budget.Gate."""
-
-    def admit(self, round: int, attempt: bytes) -> int:
-        """Reserve the attempt's cost in the ledger, on disk, and give its counter; or refuse before any record is read."""
-        ...
-
-    def settle(self, round: int, outcome: Literal["result", "void"], *, silos: int | None = None) -> None:
-        """Note how the round ended, once; nothing is given back."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settled:
-    """How a round ended for this silo. ``kind`` is "rejected" for a sum beyond the bounds: the state did not move.
-
-    ``stood``: as in silo.home.Progress.
-    """
-
-    round: int
-    kind: Ending
-    reason: str
-    state: State
-    upload_bytes: int
-    stood: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a silo's rounds are made of. ``clock`` gives Unix seconds; ``randomness`` and ``os_random`` are fresh at every call.
-
-    ``pulse`` is called while waiting: it raises what else went wrong in this process.
-    """
-
-    home: Home
-    transport: Transport
-    identity: keys.Identity
-    accepted: Accepted
-    member: Member
-    gate: Gate
-    contribute: Contribute
-    clock: Callable[[], float]
-    randomness: Callable[[], Randomness] = Randomness.from_os
-    os_random: Callable[[int], bytes] = os.urandom
-    pulse: Callable[[], None] = lambda: None
-
 
 class Rounds:
     """This silo's rounds in one confirmed epoch; see the module docstring.
@@ -162,6 +109,7 @@ class Rounds:
                 persisted = self._attempt(manifest, round_ctx, progress)
             if persisted is not None:
                 self._agree(manifest, persisted)
+                self._audit(manifest, persisted)
         outcome = self._await_outcome(manifest)
         settled = self._settle(outcome, round_ctx, progress, persisted)
         refuse_to_go_on(load_progress(self._parts.home, self._parts.accepted), self._terms)
@@ -249,6 +197,26 @@ class Rounds:
         )
         self._post("release", manifest.round, self._release(certified, own))
 
+    def _audit(self, manifest: Manifest, own: Persisted) -> None:
+        """Where slices are audited: sum this silo's slices again, and say what it found, before there is an outcome."""
+        number, parts = manifest.round, self._parts
+        if not self._terms.sliced or self._outcome(number) is not None or (claim := self._await("claim", manifest)) is None:
+            return
+        get, until = self._getting(number), parts.clock() + self._terms.sum.deadline_s / 2
+        frozen = self._witness.frozen(get("freeze") or b"", own.round_ctx, own.header)
+        if parts.member.id not in frozen.headers:
+            return
+        auditor = Auditor(
+            silo=parts.member.id, number=number, folder=self._folder, evidence=parts.home.log_folder, random=parts.os_random,
+            fetch=vectors_of(parts.transport, number, wait_s=1.0), sign=lambda made: self._sign("verdict", made),
+            over=lambda: parts.clock() >= until or self._outcome(number) is not None,
+        )  # fmt: skip
+        if (document := auditor.verdict(claim, self._witness.claimed(frozen, get))) is not None:
+            self._post("verdict", number, document)
+
+    def _getting(self, number: int) -> Callable[[Stage], bytes | None]:
+        return lambda kind: self._parts.transport.get(kind, number, AGGREGATOR, wait_s=0)
+
     def _release(self, certified: guardian_sum.Certified, own: Persisted) -> bytes:
         """The signed release; sealing draws new randomness, so its bytes are kept before they leave."""
         path = self._folder / "release"
@@ -263,16 +231,14 @@ class Rounds:
     def _settle(self, document: bytes, round_ctx: bytes, before: Progress, own: Persisted | None) -> Settled:
         """Verify the outcome, apply it by own arithmetic, compare digests, save, and clean up."""
         number = before.round + 1
-
-        def get(kind: Stage) -> bytes | None:
-            return self._parts.transport.get(kind, number, AGGREGATOR, wait_s=0)
-
+        get = self._getting(number)
         agreed = self._parts.home.promised_consent(number)
         if agreed is None and self._epoch.folder is None and not self._terms.shared:  # restored: every silo's signature is there
             agreed = agreed_set(self._witness, round_ctx, get)
         judged = self._witness.judged(
-            document, before, round_ctx, own_header=own.header if own else None, consented=agreed, get=get
-        )
+            document, before, round_ctx, own_header=own.header if own else None, consented=agreed, get=get,
+            fetch=vectors_of(self._parts.transport, number, wait_s=POLL_S), complained=complained(self._epoch.folder, round_ctx),
+        )  # fmt: skip
         moved = judged.kind == "result" and own is not None and own.own and judged.stood != 0
         after = Progress(
             contract=self._parts.accepted.digest,
@@ -314,7 +280,7 @@ class Rounds:
         path = self._folder / "attempt"
         if path.is_file() and Persisted.from_bytes(path.read_bytes()).round > settled:
             return
-        for name in ("attempt", "release"):
+        for name in ("attempt", "release", "verdict"):
             (self._folder / name).unlink(missing_ok=True)
             files.sweep(self._folder / name)
 
@@ -330,7 +296,7 @@ class Rounds:
             )
         return found
 
-    def _await(self, kind: Literal["freeze", "certificate"], manifest: Manifest) -> bytes | None:
+    def _await(self, kind: Literal["freeze", "certificate", "claim"], manifest: Manifest) -> bytes | None:
         """The document, or None as soon as the round's outcome stands instead (a void round needs no freeze)."""
         while True:
             document = self._parts.transport.get(kind, manifest.round, AGGREGATOR, wait_s=POLL_S)
@@ -339,15 +305,13 @@ class Rounds:
             self._check_time(kind, manifest)
 
     def _await_outcome(self, manifest: Manifest) -> bytes:
-        while True:
-            document = self._parts.transport.get("outcome", manifest.round, AGGREGATOR, wait_s=POLL_S)
-            if document is not None:
-                return document
+        while (document := self._parts.transport.get("outcome", manifest.round, AGGREGATOR, wait_s=POLL_S)) is None:
             self._check_time("outcome", manifest)
+        return document
 
     def _check_time(self, kind: str, manifest: Manifest) -> None:
         # Consents and releases may take a deadline each; lists, endorsements, shares and the guardians' closes likewise.
-        grace_s = (6 if self._terms.shared else 3) * self._terms.sum.deadline_s
+        grace_s = ((6 if self._terms.shared else 3) + self._terms.sliced) * self._terms.sum.deadline_s
         self._parts.pulse()
         if self._parts.clock() >= manifest.deadline_at + grace_s:
             raise RoundError(
@@ -359,7 +323,7 @@ class Rounds:
     def _outcome(self, number: int) -> bytes | None:
         return self._parts.transport.get("outcome", number, AGGREGATOR, wait_s=0)
 
-    def _post(self, kind: Literal["upload", "consent", "release"], number: int, document: bytes) -> bool:
+    def _post(self, kind: Literal["upload", "consent", "release", "verdict"], number: int, document: bytes) -> bool:
         """Put a document; False when it was refused because the round has ended."""
         try:
             self._parts.transport.put(kind, number, self._parts.member.id, document)
@@ -377,6 +341,6 @@ class Rounds:
             raise TrustError(f"this silo has no part in epoch {number}", hint="it enters the next one", code="not-in-epoch")
         return self._epoch.folder
 
-    def _sign(self, kind: Literal["header", "upload", "consent", "release", "acknowledgement"], message: Wire) -> bytes:
+    def _sign(self, kind: Literal["header", "upload", "consent", "release", "verdict", "acknowledgement"], message: Wire) -> bytes:
         parts = self._parts
         return envelope.sign(parts.identity, type=kind, context=self._epoch.context, sender=parts.member.id, body=encode(message))

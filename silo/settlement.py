@@ -2,8 +2,8 @@
 """Where a silo stands, and what a round's outcome makes of it: pure checks and this silo's own arithmetic.
 
 Promised: a sum is applied only if the set it is over is the one this silo consented to and every released seed matches its
-silo's header; the next state is computed here and never taken from the aggregator. Not promised: that the sum is that of the
-uploads. In consent mode the aggregator alone holds them; a wrong sum is a wrong model in all silos alike, and costs no privacy.
+silo's header; the sum is computed again here, or, where slices are audited, by t_c + 1 silos for each of them; the next state is
+computed here and never taken from the aggregator. Not promised: that anybody who looked later has the masked vectors still.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from privacy import update_rule
 from privacy.dp import ring
 from privacy.errors import MachineError, RoundError, TrustError
 from privacy.federation import Accepted, Contract
-from privacy.messages import Outcome
-from privacy.secure_sum import guardian_sum
+from privacy.messages import Audit, Outcome
+from privacy.secure_sum import audits, guardian_sum
+from privacy.secure_sum.audits import Claimed, Fetch
 from privacy.secure_sum.guardian_sum import Frozen
 from privacy.update_rule import State
 from silo.home import Home, Progress
@@ -69,7 +70,9 @@ def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
     """
     start = update_rule.initial(terms).theta
     matrices = len(terms.adapter.modules) * terms.adapter.rank**2 or terms.dimension
-    if progress.state.applied > 0 and np.array_equal(progress.state.theta[:matrices], start[:matrices]):
+    # R has no gradient while the head is zero. Noise moves it at once; without noise the head must have moved in a round before.
+    unmoved = 0 if terms.is_private else 1
+    if progress.state.applied > unmoved and np.array_equal(progress.state.theta[:matrices], start[:matrices]):
         raise MachineError(
             f"after {progress.state.applied} applied rounds R has not moved from its start",
             hint="stop spending: check learning_rate and adapter.modules in the contract",
@@ -96,13 +99,7 @@ def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None,
     Raises:
         TrustError: another set, a vector or seed that contradicts its header, or another sum than theirs.
     """
-    if not consented == frozen.digest == outcome.frozen:
-        raise TrustError(
-            f"round {outcome.round} sums the set {shown(outcome.frozen)}, this silo consented to {shown(consented)}",
-            hint="stop, and show the outcome to the other members",
-            code="no-consent",
-            round=outcome.round,
-        )
+    check_agreed(outcome, frozen, consented)
     for what, shown_of in (("seeds", outcome.seeds), ("vectors", outcome.vectors)):
         if [silo for silo, _ in shown_of] != list(frozen.headers):
             raise _faulty(
@@ -118,6 +115,34 @@ def verified_total(outcome: Outcome, frozen: Frozen, *, consented: bytes | None,
     pair_keys = {(i, j): key for i, j, key in outcome.pair_keys}
     guardian_sum.check_total(total, vectors, dict(outcome.seeds), frozen, pair_keys)
     return ring.lift(total)
+
+
+def check_agreed(outcome: Outcome, frozen: Frozen, consented: bytes | None) -> None:
+    """Return if an outcome is over the set to which this silo, or q guardians, consented. Raises TrustError."""
+    if not consented == frozen.digest == outcome.frozen:
+        raise TrustError(
+            f"round {outcome.round} sums the set {shown(outcome.frozen)}, this silo consented to {shown(consented)}",
+            hint="stop, and show the outcome to the other members",
+            code="no-consent",
+            round=outcome.round,
+        )
+
+
+def audited_total(
+    outcome: Outcome, audit: Audit, claimed: Claimed, *, accepted: Accepted, epoch_ctx: bytes, fetch: Fetch,
+    complained: frozenset[int],
+) -> Integers:  # fmt: skip
+    """The lifted sum (d,) of a result whose slices were audited: of every segment t_c + 1 of its auditors say that it is right.
+
+    Segments of which anybody complained, this silo included, are summed again here.
+
+    Raises:
+        TrustError: too few say so, the outcome is not what they audited, or a complaint is right.
+    """
+    again = audits.check_audit(audit, claimed, accepted=accepted, epoch_ctx=epoch_ctx) | complained
+    audits.check_total(outcome, claimed)
+    audits.check_again(sorted(again), claimed, fetch)
+    return ring.lift(np.frombuffer(outcome.total, dtype="<u4"))
 
 
 def shown(value: object) -> str:

@@ -6,8 +6,9 @@ down for every version its one successor before it signs the newest. It goes on 
 an epoch under the new one; model state, round numbers and ledger go on over both.
 
 Promised: a second successor of a version is refused by its name (Equivocation), also after a crash; a state is only carried over
-to a version whose chain contains the one it was reached under. Not promised: that the newest version was shown: the aggregator may
-withhold one, and then everybody goes on with the one before.
+to a version whose chain contains the one it was reached under; a version that all its members signed is not passed over, and one
+that was passed over is not worked under, whatever its members sign later. Not promised: that the newest version was shown: the
+aggregator may withhold one, and then everybody goes on with the one before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from privacy import chain, envelope
 from privacy.chain import Lineage, Version
+from privacy.changes import changes
 from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
 from privacy.federation import Accepted, Member
 from privacy.identity import keys
@@ -29,7 +31,10 @@ from silo.transport import Transport
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A chain as it stands on the board: verified, all versions but the newest countersigned by all their members."""
+    """A chain as it stands on the board: verified, all versions in effect but the newest countersigned by all their members.
+
+    ``documents`` are all versions, also those that were passed over.
+    """
 
     lineage: Lineage
     documents: tuple[Version, ...]
@@ -41,8 +46,8 @@ class Fetched:
 
     @property
     def before(self) -> Accepted | None:
-        """The version before it, if there is one."""
-        return self.lineage.versions[-2] if len(self.lineage.versions) > 1 else None
+        """The version in effect before it, if there is one."""
+        return self.lineage.before
 
 
 def fetch(transport: Transport, pinned: str, *, home: Home | None = None) -> Fetched:
@@ -64,16 +69,19 @@ def fetch(transport: Transport, pinned: str, *, home: Home | None = None) -> Fet
             code="no-contract",
         )  # fmt: skip
     lineage = Lineage.begin(envelope.open_contract(raw[0]))
-    found = [Version(document=raw[0], countersignatures={})]
     for document in raw[1:]:
-        before = lineage.versions[-2] if len(lineage.versions) > 1 else None
-        found[-1] = Version(document=found[-1].document, countersignatures=_countersignatures(transport, lineage.newest))
-        chain.check_agreed(before, lineage.newest, found[-1].countersignatures)
         lineage = lineage.extended(envelope.open_contract(document))
-        found.append(Version(document=document, countersignatures={}))
+    signed = {each.digest: _countersignatures(transport, each) for each in lineage.every[:-1]}
     if home is not None:
         _check_same_chain(home, lineage)
-    if len(lineage.versions) > 1:
+        for each in lineage.passed_over:  # what this silo saw is not unseen because the board shows it no more
+            signed[each.digest] = {**signed[each.digest], **_kept_countersignatures(home, each)}
+    chain.check_effect(lineage, signed, newest=False)
+    found = [
+        Version(document=document, countersignatures=signed.get(each.digest, {}))
+        for document, each in zip(raw, lineage.every, strict=True)
+    ]
+    if len(lineage.every) > 1:
         _check_pinned(lineage, pinned)
     return Fetched(lineage=lineage, documents=tuple(found))
 
@@ -90,7 +98,7 @@ def keep(home: Home, fetched: Fetched) -> None:
     Raises:
         Equivocation: another version or successor was kept here.
     """
-    versions = fetched.lineage.versions
+    versions = fetched.lineage.every
     for accepted, document, after in zip(versions[:-1], fetched.documents, versions[1:], strict=False):
         number = accepted.terms.version
         home.keep_contract(number, document.document)
@@ -105,17 +113,21 @@ def in_words(fetched: Fetched) -> list[str]:
     before, after = fetched.before, fetched.newest
     if before is None:
         return []
-    said = chain.changes(before.terms, after.terms)
-    lines = [f"follows version {before.terms.version}, {before.digest.hex()[:16]}…; what changes:", *(f"  {each}" for each in said)]
+    said = changes(before.terms, after.terms)
+    lines = [
+        f"version {each.terms.version}, {each.digest.hex()[:16]}…, never took effect: not all of its members signed it"
+        for each in fetched.lineage.passed_over
+    ]
+    lines.append(f"follows version {before.terms.version}, {before.digest.hex()[:16]}…; what changes:")
+    lines += [f"  {each}" for each in said]
     if any("has a new key" in each for each in said):
         lines.append("a new key that its old one does not sign for was lost or taken: call that organisation before you agree")
     return lines
 
 
 def ancestors(home: Home, accepted: Accepted) -> dict[bytes, Accepted]:
-    """The kept versions before ``accepted``, by digest: each named by the one after it."""
-    found: dict[bytes, Accepted] = {}
-    wanted = accepted.terms.previous
+    """The kept versions in effect before ``accepted``, by digest, ascending; every kept one is named by the one after it."""
+    wanted, known = accepted.terms.previous, list[Accepted]()
     for version, raw in reversed(home.contracts()):
         if version < accepted.terms.version and wanted:
             kept = envelope.open_contract(raw)
@@ -124,8 +136,9 @@ def ancestors(home: Home, accepted: Accepted) -> dict[bytes, Accepted]:
                     f"version {version} kept here is {kept.digest.hex()[:16]}…, the next one names {wanted[:16]}…",
                     hint="restore the silo from its backup", code="chain-previous",
                 )  # fmt: skip
-            found[kept.digest], wanted = kept, kept.terms.previous
-    return found
+            known.append(kept)
+            wanted = kept.terms.previous
+    return {each.digest: each for each in chain.ancestors(accepted, known)}
 
 
 def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, Member, keys.Identity]:
@@ -148,7 +161,7 @@ def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, M
     progress = home.progress()
     chosen = joined.get(progress.contract if progress is not None else b"", list(joined.values())[-1])
     if transport is not None:
-        called = _newest_call(home, transport)
+        called = newest_call(home, transport)
         if called is None:
             chosen = next((each for each in reversed(joined.values()) if _is_agreed(home, transport, each)), chosen)
         elif called[1] in joined:
@@ -160,10 +173,10 @@ def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, M
 
 
 def _joined(home: Home) -> list[Accepted]:
-    """The kept versions that this silo countersigned, ascending, each countersignature verified again."""
-    found = []
-    for version, raw in home.contracts():
-        accepted = envelope.open_contract(raw)
+    """The kept versions in effect that this silo countersigned, ascending, each countersignature verified again."""
+    kept, found = [envelope.open_contract(raw) for _, raw in home.contracts()], []
+    for accepted in (*chain.ancestors(kept[-1], kept), kept[-1]) if kept else ():
+        version = accepted.terms.version
         try:
             identity = keyring.under(home, accepted)
         except TrustError:
@@ -185,16 +198,7 @@ def opened_rounds(home: Home, transport: Transport) -> int:
     return number
 
 
-def _is_agreed(home: Home, transport: Transport, accepted: Accepted) -> bool:
-    """Whether every member's countersignature is here or on the board; whether each holds is checked where it counts."""
-    version = accepted.terms.version
-    return all(
-        home.countersignature(version, member.id) or transport.get("countersignature", version, member.id, wait_s=0)
-        for member in accepted.terms.member
-    )
-
-
-def _newest_call(home: Home, transport: Transport) -> tuple[int, bytes] | None:
+def newest_call(home: Home, transport: Transport) -> tuple[int, bytes] | None:
     """(number, contract) of the epoch to be in: the one on this disk while a round of it is open, else the newest called one."""
     here = session.current(home)
     number = 0 if here is None else here.number
@@ -204,6 +208,15 @@ def _newest_call(home: Home, transport: Transport) -> tuple[int, bytes] | None:
     while (next_one := _call(transport, (found or (number, b""))[0] + 1)) is not None:
         found = next_one
     return found
+
+
+def _is_agreed(home: Home, transport: Transport, accepted: Accepted) -> bool:
+    """Whether every member's countersignature is here or on the board; whether each holds is checked where it counts."""
+    version = accepted.terms.version
+    return all(
+        home.countersignature(version, member.id) or transport.get("countersignature", version, member.id, wait_s=0)
+        for member in accepted.terms.member
+    )
 
 
 def _is_open(home: Home, transport: Transport, context: bytes) -> bool:
@@ -224,9 +237,14 @@ def _countersignatures(transport: Transport, accepted: Accepted) -> Mapping[int,
     return {member: raw for member, raw in found if raw is not None}
 
 
+def _kept_countersignatures(home: Home, accepted: Accepted) -> Mapping[int, bytes]:
+    found = ((member.id, home.countersignature(accepted.terms.version, member.id)) for member in accepted.terms.member)
+    return {member: raw for member, raw in found if raw is not None}
+
+
 def _check_same_chain(home: Home, lineage: Lineage) -> None:
     for version, raw in home.contracts():
-        kept, shown = envelope.open_contract(raw), lineage.versions[version - 1 : version]
+        kept, shown = envelope.open_contract(raw), lineage.every[version - 1 : version]
         if not shown or shown[0].digest != kept.digest:
             raise Equivocation(
                 f"version {version} that this silo has is {kept.digest.hex()[:16]}…, the board shows "
@@ -237,9 +255,9 @@ def _check_same_chain(home: Home, lineage: Lineage) -> None:
 
 def _check_pinned(lineage: Lineage, pinned: str) -> None:
     """The pin holds for the chain; where the coordinator's Ed25519 key was replaced, only the new one's, or the newest digest."""
-    first, newest = lineage.versions[0].terms.aggregator, lineage.newest.terms.aggregator
-    versions = lineage.versions if first.sign_key == newest.sign_key else lineage.versions[-1:]
+    first, newest = lineage.every[0].terms.aggregator, lineage.newest.terms.aggregator
+    versions = lineage.every if first.sign_key == newest.sign_key else lineage.every[-1:]
     try:
         chain.check_pinned(versions, pinned)
     except TrustError:
-        chain.check_pinned(lineage.versions[-1:], pinned)
+        chain.check_pinned(lineage.every[-1:], pinned)

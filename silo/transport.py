@@ -35,8 +35,14 @@ from privacy.transparency.log import MOST_RESOURCE_BYTES
 LONGEST_WAIT_S = 30.0
 MOST_BYTES = 16 << 20
 MOST_BYTES_OUTCOME = 2 << 30
+_MOST_PROBLEM = 1 << 16
 _CHUNK_GRACE_S = 15.0
 _NOT_THERE = "not-found"
+
+
+def most_bytes(kind: str) -> int:
+    """The most bytes that are read of a document of this kind."""
+    return MOST_BYTES_OUTCOME if kind in ("outcome", "upload", "vector") else MOST_BYTES
 
 
 class Transport(Protocol):
@@ -44,6 +50,13 @@ class Transport(Protocol):
 
     def get(self, kind: str, number: int, party: int, *, wait_s: float) -> bytes | None:
         """The document, or None when it is not there after ``wait_s`` seconds."""
+        ...
+
+    def part(self, kind: str, number: int, party: int, start: int, size: int, *, wait_s: float) -> bytes | None:
+        """``size`` bytes of a masked vector from byte ``start`` on; None when it is not there after ``wait_s`` seconds, or shorter.
+
+        Nothing says that they are right but the hashes to which the caller holds them.
+        """
         ...
 
     def put(self, kind: str, number: int, party: int, data: bytes) -> None:
@@ -57,6 +70,11 @@ class Transport(Protocol):
     def status(self) -> dict[str, Any]:
         """What the aggregator says about itself: a hint for people, never a fact to act on."""
         ...
+
+
+def vectors_of(transport: Transport, number: int, *, wait_s: float = 0.0) -> Callable[[int, int, int], bytes | None]:
+    """How to fetch bytes of a round's masked vectors (privacy.secure_sum.audits.Fetch)."""
+    return lambda silo, start, size: transport.part("vector", number, silo, start, size, wait_s=wait_s)
 
 
 class HttpTransport:
@@ -98,14 +116,29 @@ class HttpTransport:
             MachineError: nobody answered within the patience, or more bytes came than a document may have.
             SiloquyError: the aggregator's refusal, as its class.
         """
+        return self._get(f"/v1/{kind}/{number}/{party}", wait_s, most=most_bytes(kind))
+
+    def part(self, kind: str, number: int, party: int, start: int, size: int, *, wait_s: float) -> bytes | None:
+        """See :class:`Transport`. Raises as :meth:`get` does."""
+        try:
+            return self._get(f"/v1/{kind}/{number}/{party}", wait_s, most=size, first=start)
+        except SiloquyError as error:
+            if error.code in ("range", "too-large"):  # it is shorter, or something on the way knows no ranges
+                return None
+            raise
+
+    def _get(self, slot: str, wait_s: float, *, most: int, first: int | None = None) -> bytes | None:
         end = self._clock() + wait_s
-        most = MOST_BYTES_OUTCOME if kind in ("outcome", "upload") else MOST_BYTES
+        asked = None if first is None else f"bytes={first}-{first + most - 1}"
         while True:
             left = max(0.0, end - self._clock())
-            path = f"/v1/{kind}/{number}/{party}?wait={min(left, LONGEST_WAIT_S):.3f}"
-            status, body = self._exchange("GET", path, most=most)
-            if status == 200:
+            path = f"{slot}?wait={min(left, LONGEST_WAIT_S):.3f}"
+            # A part may be shorter than the problem that is told in its place.
+            status, body = self._exchange("GET", path, most=most if asked is None else max(most, _MOST_PROBLEM), part=asked)
+            if status == (200 if first is None else 206):
                 return body
+            if status == 200:
+                return None
             if not (status == 404 and _problem(body).code == _NOT_THERE):  # another 404: this is no aggregator, or another version
                 raise refusal(status, body)
             if self._clock() >= end:
@@ -148,12 +181,14 @@ class HttpTransport:
         """Close the connections."""
         self._client.close()
 
-    def _exchange(self, method: str, path: str, *, data: bytes | None = None, most: int = MOST_BYTES) -> tuple[int, bytes]:
+    def _exchange(
+        self, method: str, path: str, *, data: bytes | None = None, most: int = MOST_BYTES, part: str | None = None
+    ) -> tuple[int, bytes]:
         """One request, repeated with growing pauses while nobody answers or the server is at fault."""
         start, pause = self._clock(), 0.1
         while True:
             try:
-                status, body = self._once(method, path, data, most)
+                status, body = self._once(method, path, data, most, part)
                 if status < 500 and status != 429:
                     return status, body
                 fault: SiloquyError = refusal(status, body)
@@ -164,8 +199,8 @@ class HttpTransport:
             self._sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    def _once(self, method: str, path: str, data: bytes | None, most: int) -> tuple[int, bytes]:
-        headers = {"accept-encoding": "identity"}
+    def _once(self, method: str, path: str, data: bytes | None, most: int, part: str | None) -> tuple[int, bytes]:
+        headers = {"accept-encoding": "identity", **({} if part is None else {"range": part})}
         if data is not None:
             headers["content-type"] = "application/octet-stream"
         with self._client.stream(method, self._url + path, content=data, headers=headers) as answer:

@@ -57,7 +57,8 @@ def noisy(total: NDArray[np.int64], terms: Contract, randomness: Randomness) -> 
     Formal guarantees:
         - *Clamped before, never after*: each coordinate of ``total`` is clamped to the contract's ±Q, then noise is added;
           nothing is clamped, refused or redrawn afterwards.
-        - *Full share*: every coordinate gets its own discrete Gaussian of the contract's share variance.
+        - *Full share*: every coordinate gets its own discrete Gaussian of the contract's share variance. None is added only where
+          the contract says in words that there is no differential privacy; the ring's plan alone never decides that.
 
     Raises:
         MachineError: ``total`` is not of the contract's dimension; decided before noise is drawn.
@@ -67,6 +68,8 @@ def noisy(total: NDArray[np.int64], terms: Contract, randomness: Randomness) -> 
         raise MachineError(
             f"a step gave {total.dtype} {total.shape}, the contract has ({terms.dimension},)", hint="check the model", code="shape"
         )
+    if not terms.is_private:
+        return ring.encode(ring.clamp(total, plan), np.zeros_like(total))
     share = noise.discrete_gaussian(terms.dimension, plan.share_variance, randomness)
     return ring.encode(ring.clamp(total, plan), share)
 

@@ -28,6 +28,8 @@ from privacy.errors import ConfigError
 from privacy.federation import Accepted
 from privacy.identity import keys
 from privacy.messages import AGGREGATOR
+from privacy.transparency import notes
+from privacy.transparency.notes import Checkpoint
 from silo import config, keyring
 from silo.folder import FolderTransport
 from silo.home import Home, Progress
@@ -104,6 +106,8 @@ def verify(
     fingerprint: str = "",
     rounds: Collection[int] | None = None,
     report: Path | None = None,
+    again: whole.Again | None = None,
+    at_least: int = 0,
 ) -> Verdict:
     """Check everything that can be reached from here.
 
@@ -112,6 +116,9 @@ def verify(
         url: another address than silo.toml's.
         folder: instead of an address a shared folder (with ``board/``), or a copy of an aggregator's evidence (``evidence/``).
         fingerprint: the aggregator's, or the contract's digest; the silo's own contract counts when it has one.
+        report: the record of a report, whose figures are compared, and whose digest must be in the log.
+        again: makes the report again from what was walked; see privacy.audit.whole.
+        at_least: so many rounds must have ended; the silo's own last round counts whatever is said here.
 
     Raises:
         ConfigError: there is neither a home nor a folder, or the report cannot be read.
@@ -126,8 +133,11 @@ def verify(
     pinned = [fingerprint or (own.accepted.digest.hex() if own is not None else _configured(home))]
     papers = None if report is None else read_report(report)
     with _source(home, own, url=url, folder=folder) as (source, fetch, before, entries):
-        also = functools.partial(_also, own=own, fetch=fetch, entries=entries)
-        return whole.audit(source, pinned=pinned, rounds=rounds, before=before, also=also, report=papers)
+        record = None if papers is None else papers[0]
+        also = functools.partial(_also, own=own, fetch=fetch, entries=entries, report=record)
+        return whole.audit(
+            source, pinned=pinned, rounds=rounds, before=before, also=also, report=papers, again=again, at_least=at_least
+        )
 
 
 @contextmanager
@@ -183,8 +193,10 @@ def _also(
     own: Own | None,
     fetch: Fetch,
     entries: Sequence[Entry],
+    report: bytes | None,
 ) -> None:
-    check_log(found, versions, rounds, fetch=fetch, entries=entries)
+    known = None if own is None else _own_head(own.home)
+    check_log(found, versions, rounds, fetch=fetch, entries=entries, report=report, known=known)
     if own is None:
         found.add(Slot("ledger", 0, 0), "chain", "note", "no silo's home was given: no ledger was checked")
         return
@@ -192,6 +204,12 @@ def _also(
     check_ledger(found, rounds, path=own.home.ledger_path, verify=keyring.verifier(own.home), silo=own.silo)
     if own.progress is not None:
         found.hold(Slot("state", own.progress.round, own.silo), "own state", _check_progress, own.progress, rounds)
+
+
+def _own_head(home: Home) -> Checkpoint | None:
+    """The newest head that this silo checked and wrote down: the log may only go on from it."""
+    path = home.log_folder / "head"
+    return notes.checkpoint(notes.parse(path.read_bytes()).text) if path.is_file() else None
 
 
 def _check_joined(accepted: Accepted, versions: Mapping[bytes, Accepted]) -> None:

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Final
 
 from privacy import files
+from privacy.chain import ancestors
 from privacy.envelope import open_contract
 from privacy.errors import Equivocation, TrustError
 from privacy.federation import Accepted, Contract
@@ -111,9 +112,9 @@ class Watch:
     ) -> None:
         self._home, self._folder, self._transport, self._identity = home, home.log_folder, transport, identity
         self._terms, self._digest, self._clock = accepted.terms, accepted.digest, clock
-        self._former = tuple(
-            open_contract(raw).terms for version, raw in home.contracts() if version < accepted.terms.version
-        )  # whose last cosignatures count still
+        earlier = [open_contract(raw) for version, raw in home.contracts() if version < accepted.terms.version]
+        kept = ancestors(accepted, earlier)
+        self._former = tuple(each.terms for each in kept)  # whose last cosignatures count still
         own = identity.public.sign_key[:32].hex()
         self._cosigner = next((each for each in log.cosigners(self._terms).values() if each.sign_key == own), None)
         self._followed: tuple[int, Note] | None = None

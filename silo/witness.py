@@ -18,16 +18,17 @@ from typing import Literal
 from privacy import envelope
 from privacy.errors import TrustError
 from privacy.federation import Accepted, ring_plan
-from privacy.messages import AGGREGATOR, Certificate, Freeze, Manifest, Outcome, Signed, decode
-from privacy.secure_sum import freeze, guardian_sum
+from privacy.messages import AGGREGATOR, Audit, Certificate, Freeze, Manifest, Outcome, Signed, decode
+from privacy.secure_sum import audits, freeze, guardian_sum
+from privacy.secure_sum.audits import UNAUDITED, Claimed, Fetch
 from privacy.secure_sum.guardian_sum import Frozen
 from privacy.transparency.notes import Checkpoint
 from privacy.update_rule import State
 from silo.home import Progress
 from silo.session import Epoch
-from silo.settlement import Integers, next_state, shown, verified_total
+from silo.settlement import Integers, audited_total, check_agreed, next_state, shown, verified_total
 
-Stage = Literal["manifest", "freeze", "certificate", "outcome"]
+Stage = Literal["manifest", "freeze", "certificate", "claim", "audit", "outcome"]
 Ending = Literal["result", "rejected", "void", "annulled"]
 
 
@@ -108,7 +109,7 @@ class Witness:
 
     def judged(
         self, document: bytes, before: Progress, round_ctx: bytes, *, own_header: bytes | None, consented: bytes | None,
-        get: Callable[[Stage], bytes | None],
+        get: Callable[[Stage], bytes | None], fetch: Fetch, complained: frozenset[int] = frozenset(),
     ) -> Judged:  # fmt: skip
         """How the round after ``before`` ended, verified, and what follows from it by this silo's own arithmetic.
 
@@ -116,6 +117,8 @@ class Witness:
             own_header: this silo's signed header, if it has sent one.
             consented: the digest of the set it consented to, in consent mode.
             get: the round's other documents of the aggregator.
+            fetch: bytes of the silos' published vectors, where slices are audited.
+            complained: the segments that this silo itself found wrong or withheld.
 
         Raises:
             TrustError: the outcome is of another round, does not hold, or names another state than this silo computes.
@@ -134,8 +137,9 @@ class Witness:
             if terms.shared:
                 consented = self._certified(frozen, get)
                 stood = len(frozen.headers) if self.silo in frozen.headers else 0
-            total: Integers = verified_total(outcome, frozen, consented=consented, terms=terms)
-            state = next_state(before.state, total, terms, silos=len(frozen.headers))
+            total = self._total(outcome, frozen, consented, get, fetch, complained)
+            if total is not None:
+                state = next_state(before.state, total, terms, silos=len(frozen.headers))
             kind = "rejected" if state is before.state else "result"
         if outcome.next_state != state.digest:
             raise TrustError(
@@ -145,6 +149,32 @@ class Witness:
                 round=number,
             )
         return Judged(kind=kind, reason=outcome.reason, state=state, digest=hashlib.sha256(body).digest(), stood=stood)
+
+    def claimed(self, frozen: Frozen, get: Callable[[Stage], bytes | None]) -> Claimed:
+        """What the aggregator claims of the sum over the set. Raises TrustError: there is no claim, or it does not hold."""
+        certificate, document = get("certificate"), get("claim")
+        if certificate is None or document is None:
+            raise TrustError("a round has a result and no claim of its sum", hint="the aggregator is faulty", code="no-claim")
+        digest = hashlib.sha256(self.open(certificate, "certificate")).digest()
+        return audits.check_claim(self.open(document, "claim"), frozen, certificate=digest, terms=self.accepted.terms)
+
+    def _total(
+        self, outcome: Outcome, frozen: Frozen, consented: bytes | None, get: Callable[[Stage], bytes | None], fetch: Fetch,
+        complained: frozenset[int],
+    ) -> Integers | None:  # fmt: skip
+        """The sum of a result, verified; None where slices are audited and too few auditors bore it out: then nothing moves."""
+        if not self.accepted.terms.sliced:
+            return verified_total(outcome, frozen, consented=consented, terms=self.accepted.terms)
+        check_agreed(outcome, frozen, consented)
+        if outcome.reason == UNAUDITED:
+            return None
+        document = get("audit")
+        if document is None:
+            raise TrustError("a round has a result and no audit", hint="the aggregator is faulty", code="no-audit")
+        return audited_total(
+            outcome, decode(self.open(document, "audit"), Audit), self.claimed(frozen, get), accepted=self.accepted,
+            epoch_ctx=self.epoch.context, fetch=fetch, complained=complained,
+        )  # fmt: skip
 
     def _ended(self, outcome: Outcome, round_ctx: bytes) -> Ending:
         """The outcome's kind; in share mode one without a sum must be what q guardians' closes say."""

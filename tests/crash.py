@@ -20,9 +20,9 @@ import contextlib
 import errno
 import faulthandler
 import functools
+import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -32,7 +32,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +43,11 @@ from privacy.messages import AGGREGATOR, KINDS, EpochNote, Header, Outcome, Sign
 from silo import config, membership
 from silo.home import Home
 from silo.participation import participate
+from silo.upload import Persisted
 from tests import sessions, whole
 
-WARM = (
-    "tests.crash", "silo.commands", "silo.learning.training", "silo.learning.evaluation",
-    "aggregator.commands", "aggregator.service",
-    "aggregator.reporting.compliance", "cli.output", "cli.progress", "dp_accounting.pld.privacy_loss_distribution",
-    "dp_accounting.rdp.rdp_privacy_accountant", "transformers.models.bert.modeling_bert", "pydantic.main", "encodings.idna",
-)  # fmt: skip
-
 DUE = "! "
+EVERYTHING = "SILOQUY_FULL" in os.environ
 
 
 # --- In the process that dies ----------------------------------------------------------------------------------------------------
@@ -61,7 +56,7 @@ DUE = "! "
 class Fate:
     """What happens at the first site that is not spared: "killed" or "full" (of the disk). Keeps every site it passes."""
 
-    def __init__(self, home: Path, trace: Path, spare: Collection[str] | None, kind: str):
+    def __init__(self, home: Path, trace: Path, spare: Container[str] | None, kind: str):
         self.home, self.spare, self.kind = str(home), spare, kind
         self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.lock, self.seen = threading.RLock(), set()
@@ -213,11 +208,11 @@ def watch_network(fate: Fate) -> None:
 
     once, send = HttpTransport._once, socket.socket.send
 
-    def exchange(transport, method, path, data, most):
+    def exchange(transport, method, path, *rest):
         fate.subject.request = re.sub(r"[0-9]+", "N", f"{method} {path.removeprefix('/v1/').partition('?')[0]}")
         fate.subject.part = 0
         try:
-            answer = once(transport, method, path, data, most)
+            answer = once(transport, method, path, *rest)
         finally:
             request = fate.subject.__dict__.pop("request")
         if method == "PUT":
@@ -241,7 +236,7 @@ def watch_network(fate: Fate) -> None:
     HttpTransport._once, socket.socket.send = exchange, sending
 
 
-def _live(words: tuple[str, ...], log: str, home: str, spare: Collection[str] | None, kind: str) -> None:
+def _live(words: tuple[str, ...], log: str, home: str, spare: Container[str] | None, kind: str) -> None:
     """The child: the command as ``silo`` or ``aggregator`` runs it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, 1)
@@ -321,11 +316,10 @@ class Commands:
     def __init__(self, folder: Path):
         self.folder, self.count, self.running = folder, 0, []
         folder.mkdir(parents=True, exist_ok=True)
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(WARM))
+        self.context = sessions.warm()
 
     def start(
-        self, *words: object, home: Path, spare: Collection[str] | None = None, fate: str = "killed", watch: Path | None = None
+        self, *words: object, home: Path, spare: Container[str] | None = None, fate: str = "killed", watch: Path | None = None
     ) -> Command:
         """Start a command. What it changes under ``watch``, its home unless given, are its sites."""
         self.count += 1
@@ -379,6 +373,24 @@ ROUNDS = 24
 UNITS = 50
 
 
+class Thinned:
+    """Sites to spare on a disk that is full: these, and of a file that is written aside by chance half of the four others.
+
+    With SILOQUY_FULL=1 none of those: creating, writing, syncing and renaming it fail, each once.
+    """
+
+    def __init__(self, spare: Collection[str], luck: bytes):
+        self.spare, self.luck = frozenset(spare), luck
+
+    def __contains__(self, site: object) -> bool:
+        call, _, name = str(site).partition(" ")
+        if site in self.spare or EVERYTHING or not (name.endswith("~") or call in ("link", "replace", "rename")):
+            return site in self.spare
+        first, second = hashlib.sha256(self.luck + name.rstrip("~").encode()).digest()[:2]
+        chosen = (("create", "torn")[first % 2], *(("sync",) if second % 2 else ("link", "replace", "rename")))
+        return call not in chosen
+
+
 def names(sites: Collection[str]) -> set[str]:
     """The files that were written at these sites; locks are empty, and what is swept was never read."""
     written = {
@@ -413,35 +425,37 @@ def free_port() -> int:
 class Places:
     """Where the parties of a federation are; ``port`` is where its service listens."""
 
+    SILOS = 3
+
     def __init__(self, root: Path, model: Path, port: int):
         self.root, self.model, self.port = root, model, port
-        self.hub, self.silos = root / "aggregator", tuple(root / f"silo-{number}" for number in (1, 2, 3))
-        self.records = tuple(model.with_name(f"records-{number}.jsonl") for number in (1, 2, 3))
+        self.hub, self.silos = root / "aggregator", tuple(root / f"silo-{number}" for number in range(1, self.SILOS + 1))
+        self.records = tuple(model.with_name(f"records-{number}.jsonl") for number in range(1, self.SILOS + 1))
 
     @classmethod
     def create(cls, root: Path, model: Path) -> Places:
-        for place in range(3):
+        for place in range(cls.SILOS):
             sessions.write_rows(model.with_name(f"records-{place + 1}.jsonl"), sessions.rows(UNITS, start_at=UNITS * place))
         return cls(root, model, free_port())
 
     def copied(self, root: Path) -> Places:
         shutil.copytree(self.root, root)
-        return Places(root, self.model, self.port)
+        return type(self)(root, self.model, self.port)
 
     def init_hub(self) -> tuple[object, ...]:
         """Noise for a small epsilon at rate 1: the accountant is quick there."""
         given = {"name": "killed", "organisation": "Hub", "labels": "no,yes", "units": 50, "rounds": ROUNDS, "model": self.model}
         given |= {"last-layers": 0, "rank": 2, "max-length": 16, "epsilon": 0.8, "delta": "1e-5", "sampling-rate": "1.0"}
         given |= {"deadline": 600, "port": self.port}  # no test waits for it, however slow the machine
-        return ("aggregator", "init", *_options(given), "--json")
+        return ("aggregator", "init", *options(given), "--json")
 
     def init_silo(self, number: int, fingerprint: str) -> tuple[object, ...]:
         given = {"name": f"silo-{number}", "organisation": f"Hospital {number}", "aggregator": f"http://127.0.0.1:{self.port}"}
         given |= {"fingerprint": fingerprint, "records": self.records[number - 1], "model": self.model, "epsilon": 50}
-        return ("silo", "init", *_options(given))
+        return ("silo", "init", *options(given))
 
 
-def _options(given: dict[str, object]) -> list[object]:
+def options(given: dict[str, object]) -> list[object]:
     return [word for key, value in given.items() for word in (f"--{key}", value)]
 
 
@@ -573,3 +587,22 @@ class Others(whole.Whole):
             for number in range((self.store.latest(kind) or 0) + 1):
                 for party in self.store.parties(kind, number):
                     assert self.store.get(kind, number, party)
+
+
+class Watched:
+    """What silo 1 must keep through its deaths: the upload it once had on disk is the only one that is ever sent."""
+
+    def __init__(self, others: Others):
+        self.others, self.root, self.uploads = others, others.places.silos[0], {}
+
+    def check(self) -> None:
+        for path in self.root.glob("epoch/*/attempt"):
+            found = Persisted.from_bytes(path.read_bytes())
+            assert self.uploads.setdefault(found.round, found.upload) == found.upload
+        for number, upload in self.uploads.items():
+            assert self.others.store.get("upload", number, 1) in (None, upload)
+        self.others.check(1)
+
+    def attempts(self) -> int:
+        """How often the next round was tried."""
+        return len(self.others.attempts(1, self.others.progress(1).round + 1))

@@ -7,7 +7,7 @@ import functools
 import hashlib
 
 from aggregator.reporting import compliance
-from aggregator.reporting.compliance import Report, RoundFacts
+from aggregator.reporting.record import Report, RoundFacts
 from privacy import federation
 from privacy.federation import Accepted
 from privacy.identity import keys

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,22 +62,90 @@ class Terminal:
         return Session(code=code, out=out, err=err)
 
 
-def start(*words: object, out=subprocess.DEVNULL, **options) -> subprocess.Popen:
-    """A real process of ``silo`` or ``aggregator``."""
-    name, *rest = map(str, words)
-    return subprocess.Popen(
-        [sys.executable, "-m", f"cli.{name}", *rest], stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=ENVIRONMENT, **options
-    )
+WARM = (
+    "tests.crash", "silo.commands", "silo.learning.training", "silo.learning.evaluation",
+    "aggregator.commands", "aggregator.service",
+    "aggregator.reporting.compliance", "cli.output", "cli.progress", "dp_accounting.pld.privacy_loss_distribution",
+    "dp_accounting.rdp.rdp_privacy_accountant", "transformers.models.bert.modeling_bert", "pydantic.main", "encodings.idna",
+)  # fmt: skip
+"""What the server has imported from which processes are forked."""
 
 
-def finish(*words: object, timeout_s: float = 120.0, **options) -> Session:
+@functools.cache
+def warm():
+    """The context whose processes are forked from one server that has imported everything, once for all tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(WARM))
+    return context
+
+
+class Started:
+    """A real process of ``silo`` or ``aggregator`` from the warm server: what subprocess.Popen has, as far as tests ask for it."""
+
+    def __init__(self, words: Sequence[str], *, out: Path | str, err: Path | str, cwd: Path | str | None = None):
+        self.process = warm().Process(target=_command, args=(words, str(out), str(err), cwd and str(cwd)), daemon=True)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("a command", timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def _command(words: Sequence[str], out: str, err: str, cwd: str | None) -> None:
+    """The child: the command by its own entry point, with output in files."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), encoding="utf-8") for n in (1, 2))
+    os.environ.update(ENVIRONMENT)
+    if cwd:
+        os.chdir(cwd)
+    sys.argv, code = list(words), 1
+    try:
+        {"silo": silo_cli, "aggregator": aggregator_cli}[words[0]].main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(*words: object, out: Path | str = os.devnull, cwd: Path | None = None) -> Started:
+    """A real process of ``silo`` or ``aggregator``; both outputs go to ``out``."""
+    return Started([*map(str, words)], out=out, err=out, cwd=cwd)
+
+
+def finish(*words: object, timeout_s: float = 120.0, cwd: Path | None = None) -> Session:
     """A real process, run to its end."""
-    name, *rest = map(str, words)
-    done = subprocess.run(
-        [sys.executable, "-m", f"cli.{name}", *rest], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT,
-        timeout=timeout_s, check=False, **options,
-    )  # fmt: skip
-    return Session(code=done.returncode, out=done.stdout, err=done.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        running = Started([*map(str, words)], out=out, err=err, cwd=cwd)
+        try:
+            code = running.wait(timeout_s)
+        finally:
+            running.kill()
+        return Session(code=code, out=out.read_text() if out.exists() else "", err=err.read_text() if err.exists() else "")
 
 
 @contextlib.contextmanager
@@ -85,7 +159,7 @@ def serving(home: Path, port: int = 0):
         process.wait()
 
 
-def address(home: Path, process: subprocess.Popen) -> str | None:
+def address(home: Path, process: Started) -> str | None:
     assert process.poll() is None, "the service ended"
     path = home / "service.json"
     with contextlib.suppress(FileNotFoundError):

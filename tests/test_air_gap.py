@@ -12,10 +12,10 @@ import functools
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -26,47 +26,10 @@ from aggregator import commands as hub_commands
 from aggregator.mailbox import Mailbox
 from silo.folder import FolderTransport
 from tests import sessions
+from tests.carried import Courier
 from tests.whole import SILOS, Whole, together
 
 # --- A courier who does everything wrong ------------------------------------------------------------------------------------------
-
-
-class Courier:
-    """Carries files between two folders; ``trip`` leaves any part of the work undone, and some of it half done."""
-
-    def __init__(self, hub: Path, silo: Path, luck: random.Random):
-        self.hub, self.silo, self.luck, self.old = hub, silo, luck, []
-
-    def trip(self) -> None:
-        outward = [(path, self.hub / path.relative_to(self.silo)) for path in self.silo.glob("inbox/*/[!.]*")]
-        homeward = [(path, self.silo / path.relative_to(self.hub)) for path in self.hub.rglob("[!.]*") if path.is_file()]
-        # An inbox comes back only as old files that the silo deleted: a broken copy over the only original is nobody's to mend.
-        homeward = [(source, target) for source, target in homeward if "inbox" not in source.parts or not target.exists()]
-        self.old += [(source, target, source.read_bytes()) for source, target in homeward if self.luck.random() < 0.05]
-        jobs = [*outward, *homeward]
-        self.luck.shuffle(jobs)
-        for source, target in jobs[: self.luck.randint(1, len(jobs) + 1)]:
-            with contextlib.suppress(FileNotFoundError):  # a silo deletes what was accepted
-                if self.luck.random() < 0.05 or not target.exists() or source.stat().st_size != target.stat().st_size:
-                    self.carry(source, target, source.read_bytes())
-        for source, target, data in self.luck.sample(self.old, min(3, len(self.old))):
-            self.carry(source, target, data)
-
-    def carry(self, source: Path, target: Path, data: bytes) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        way = self.luck.random()
-        if way < 0.6:
-            aside = target.with_name(f".{target.name}.{self.luck.randrange(10**6)}")
-            aside.write_bytes(data)
-            aside.rename(target)
-        elif way < 0.95:  # in place, as cp does it: for a moment it is cut off
-            with target.open("wb") as file:
-                file.write(data[: len(data) // 2])
-                file.flush()
-                time.sleep(0.001)
-                file.write(data[len(data) // 2 :])
-        elif not target.exists():  # the stick was pulled out
-            target.write_bytes(data[: self.luck.randrange(len(data) + 1)])
 
 
 class Apart(Whole):
@@ -136,11 +99,6 @@ def test_a_federation_apart_reaches_one_model_however_its_files_were_carried(tmp
 ROUNDS = 2
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return sessions.tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
 def done(*words: object) -> sessions.Session:
     ended = sessions.finish(*words, "--json", timeout_s=240)
     assert ended.code == 0, f"{words}\n{ended.out}{ended.err}"
@@ -167,18 +125,18 @@ def mailbox(way: str, root: Path, port: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["http", "folder"])
-def test_real_processes_from_init_to_the_same_model(tmp_path, model, way):
+def test_real_processes_from_init_to_the_same_model(tmp_path, tiny_bert, way):
     hub, port, names = tmp_path / "hub", free_port(), ("north", "south", "west")
     made = done(
         "aggregator", "init", "--home", hub, "--name", "trial", "--organisation", "Hub", "--labels", "no,yes", "--units", 60,
-        "--rounds", ROUNDS, "--max-length", 16, "--delta", "1e-6", "--model", model, "--last-layers", 0, "--rank", 4,
+        "--rounds", ROUNDS, "--max-length", 16, "--delta", "1e-6", "--model", tiny_bert, "--last-layers", 0, "--rank", 4,
     ).document  # fmt: skip
     where = ("--folder", tmp_path / "exchange") if way == "folder" else ("--aggregator", f"http://127.0.0.1:{port}")
     for place, name in enumerate(names):
         records = sessions.write_rows(tmp_path / f"{name}.jsonl", sessions.rows(50, start_at=50 * place))
         done(
             "silo", "init", "--home", tmp_path / name, "--name", name, "--organisation", name.title(), *where, "--records", records,
-            "--fingerprint", made["fingerprint"], "--model", model,
+            "--fingerprint", made["fingerprint"], "--model", tiny_bert,
         )  # fmt: skip
         done("aggregator", "member", tmp_path / name / "identity.pub", "--home", hub)
     done("aggregator", "sign", "--home", hub)
@@ -213,11 +171,11 @@ def check_folder(exchange: Path, *homes: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_mailbox_in_one_home_and_a_folder_that_cannot_be_are_refused(tmp_path, model):
+def test_a_second_mailbox_in_one_home_and_a_folder_that_cannot_be_are_refused(tmp_path, tiny_bert):
     hub = tmp_path / "hub"
     done(
         "aggregator", "init", "--home", hub, "--name", "trial", "--organisation", "Hub", "--labels", "no,yes", "--units", 60,
-        "--rounds", 1, "--model", model, "--last-layers", 0, "--rank", 4, "--delta", "1e-6",
+        "--rounds", 1, "--model", tiny_bert, "--last-layers", 0, "--rank", 4, "--delta", "1e-6",
     )  # fmt: skip
     with mailbox("folder", tmp_path, 0):
         second = sessions.finish("aggregator", "serve", "--home", hub, "--folder", tmp_path / "other", "--json")
@@ -241,49 +199,55 @@ def blocks() -> list[tuple[bool, str]]:
     return [(bool(mark), text) for mark, text in found]
 
 
+OURS = re.compile(r"(silo|aggregator) .*")
+
+
 @pytest.mark.slow
-def test_the_guide_runs_as_it_is_written(tmp_path, model):
-    """Put in: the printed fingerprint and a tiny base model. `silo` and `aggregator` are those of this interpreter."""
+def test_the_guide_runs_as_it_is_written(tmp_path, tiny_bert):
+    """Put in: the printed fingerprint and a tiny base model. What is no line of `silo` or `aggregator` alone is run by a shell."""
     for place, name in enumerate(("north", "south", "west")):
         (tmp_path / name).mkdir()
         sessions.write_rows(tmp_path / name / "records.jsonl", sessions.rows(50, start_at=50 * place))
-    for command in ("silo", "aggregator"):
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        script = tmp_path / "bin" / command
-        script.write_text(f'#!/bin/sh\nexec {sys.executable} -m cli.{command} "$@"\n')
-        script.chmod(0o755)
-    environment = {**sessions.ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(GUIDE.parents[2])}
-    alone = {
-        "cwd": tmp_path,
-        "env": environment,
-        "start_new_session": True,
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-    }
-    printed, running = "", []
+    printed, known, silos, running = "", {}, [], []
+
+    def words(line: str) -> list[str]:
+        put_in = ["--model", str(tiny_bert), "--last-layers", "0", "--rank", "4"] if line.startswith("aggregator init") else []
+        return [*shlex.split(line.replace("$FINGERPRINT", known.get("fingerprint", "?"))), *put_in]
+
     try:
         for in_terminals, text in blocks():
-            script = re.sub(r"^(aggregator init) ", rf"\1 --model {model} --last-layers 0 --rank 4 ", text, flags=re.MULTILINE)
+            lines = [line for line in text.splitlines() if line]
             if in_terminals:
-                running += [subprocess.Popen(["sh", "-c", f"({line}) >/dev/null 2>&1"], **alone) for line in script.splitlines()]
-                continue
-            ended = subprocess.run(
-                ["sh", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-            )
-            assert ended.returncode == 0, f"{script}\n{ended.stdout}{ended.stderr}"
-            printed += ended.stdout
-            if found := re.search(r"fingerprint ([0-9a-f ]{79})", ended.stdout):
-                environment.setdefault("FINGERPRINT", found[1])
-        assert [child.wait(60) for child in running[1:4]] == [0, 0, 0], "a silo failed"
+                for line in lines:
+                    started = sessions.start(*words(line), cwd=tmp_path) if OURS.fullmatch(line) else shell(line, tmp_path)
+                    (silos if line.startswith("silo ") else running).append(started)
+            elif all(OURS.fullmatch(line) for line in lines):
+                for line in lines:
+                    ended = sessions.finish(*words(line), cwd=tmp_path, timeout_s=240)
+                    assert ended.code == 0, f"{line}\n{ended.out}{ended.err}"
+                    printed += ended.out
+                    if found := re.search(r"fingerprint ([0-9a-f ]{79})", ended.out):
+                        known.setdefault("fingerprint", found[1])
+            else:
+                subprocess.run(["sh", "-ec", text], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+        assert [child.wait(60) for child in silos] == [0, 0, 0], "a silo failed"
     finally:
-        for child in running:
-            with contextlib.suppress(ProcessLookupError):
+        for child in (*silos, *running):
+            if isinstance(child, subprocess.Popen):
                 os.killpg(child.pid, signal.SIGTERM)
+            else:
+                child.terminate()
             child.wait(20)
     digests = set(re.findall(r"[0-9a-f]{64}", "".join(line for line in printed.splitlines() if "model digest" in line)))
     assert len(digests) == 1
     assert digests.pop() in next(line for line in printed.splitlines() if line.startswith("outcome:"))
     assert not list(tmp_path.glob("hub/exchange/refused/*/*"))
+
+
+def shell(line: str, folder: Path) -> subprocess.Popen:
+    """A terminal of its own for a line that is not one of our commands."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(["sh", "-c", line], cwd=folder, start_new_session=True, **quiet)
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ import pytest
 
 from privacy import chain, envelope
 from privacy.chain import Lineage, Version
+from privacy.changes import changes
 from privacy.errors import SiloquyError, TrustError
 from privacy.federation import parse
 from privacy.identity import keys
@@ -136,7 +137,7 @@ def test_the_coordinators_name_stays_and_its_keys_need_every_member() -> None:
     after = second(FOUR, hub=other)
     link = version(after, FOUR, hub=other)
     assert chain.walk([V1, link], pinned=pin())[-1] == after
-    assert any("aggregator hub has other keys" in line for line in chain.changes(FIRST.terms, after.terms))
+    assert any("aggregator hub has other keys" in line for line in changes(FIRST.terms, after.terms))
     missing = Version(document=link.document, countersignatures={n: link.countersignatures[n] for n in (1, 2, 3)})
     refused("not-countersigned", [V1, missing])
 
@@ -247,14 +248,14 @@ def test_a_contract_signed_by_another_coordinator_is_refused() -> None:
 def test_changes_are_said_in_words() -> None:
     members = {1: SILOS[1], 2: identity("silo-2", 42), 3: SILOS[3], 5: SILOS[5]}
     after = second(members, expires="2098-01-01", training={"rounds": 20}, sum={"deadline_s": 90})
-    said = "\n".join(chain.changes(FIRST.terms, after.terms))
+    said = "\n".join(changes(FIRST.terms, after.terms))
     for words in (
         "silo 2, silo-2 (Hospital 2) has a new key: ", "silo 4, silo-4 (Hospital 4) leaves", "silo 5, silo-5 (Hospital 5) joins: ",
         "training.rounds: 10 becomes 20", "sum.deadline_s: 60 becomes 90", "expires: 2099-12-31 becomes 2098-01-01",
         keys.fingerprint(members[2].public.under(keys.ED25519)),
     ):  # fmt: skip
         assert words in said, said
-    assert chain.changes(FIRST.terms, FIRST.terms) == ()
+    assert changes(FIRST.terms, FIRST.terms) == ()
 
 
 def test_a_lineage_knows_who_had_which_id() -> None:

@@ -12,7 +12,7 @@ from privacy import update_rule
 from privacy.errors import ConfigError, MachineError, RoundError, TrustError
 from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Acknowledgement, Confirmation, Release, Signed, Upload, decode
-from tests.federation import HUB, Federation, Stopped, silo_identity, upload_of
+from tests.federation import HUB, Federation, Remembering, Stopped, silo_identity, upload_of
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_progress_counts_the_arrivals_of_every_step(federation):
     assert all(event.round == (0 if step == "countersignature" else 1) for step, event in steps.items())
 
 
-class Mortal(Store):
+class Mortal(Remembering):
     """A store in whose process the power fails just before or just after the n-th new document."""
 
     def __init__(self, federation, at, *, after):

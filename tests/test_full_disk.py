@@ -7,42 +7,23 @@ was there whole and nothing half written, and the same command goes on when ther
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from privacy.dp.budget import MOST_ATTEMPTS
 from privacy.dp.entries import Plan
 from silo import reading
 from tests import crash
-from tests.crash import Others, Places
-from tests.sessions import tiny_model
-from tests.test_killed_silo import Watched
+from tests.crash import Others, Watched
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with crash.commands(tmp_path_factory.mktemp("logs")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def base(run, tmp_path_factory):
-    """A published contract and three silos, none of which has joined."""
-    root = tmp_path_factory.mktemp("base")
-    made = Places.create(root / "federation", tiny_model(root / "model"))
-    crash.enrolled(run, made)
-    return made
-
-
-@pytest.fixture
-def places(base, tmp_path):
-    return base.copied(tmp_path / "federation")
+LUCK = os.urandom(16)
 
 
 def filled(run, *words, home, spare=frozenset()) -> crash.Ended:
     """The command with a disk that is full at its first write that is not spared; it ends well, or as the disk says."""
-    ended = run.run(*words, home=home, spare=spare, fate="full")
+    ended = run.run(*words, home=home, spare=None if spare is None else crash.Thinned(spare, LUCK), fate="full")
     if ended.code:
         assert ended.code == 7, ended.out
         assert ended.due, ended.out

@@ -26,13 +26,7 @@ FIVE = (1, 2, 3, 4, 5)
 SHARES = {"protocol": "shares", "dropouts": 2, "corrupt_guardians": 2}
 CTX, OTHER = b"c" * 32, b"o" * 32
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_polls():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
-            patch.setattr(name, 0.05)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_polls")
 
 
 @pytest.fixture(scope="module")

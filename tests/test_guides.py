@@ -6,12 +6,9 @@ Only three things are put in: a free port, the printed fingerprint, and a tiny b
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,29 +32,26 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def test_the_federation_by_hand_runs_as_it_is_written(tmp_path: Path) -> None:
-    model, port = sessions.tiny_model(tmp_path / "model"), free_port()
+def test_the_federation_by_hand_runs_as_it_is_written(tmp_path: Path, tiny_bert: Path) -> None:
+    port = free_port()
     for place, name in enumerate(("north", "south", "west")):
         (tmp_path / name).mkdir()
         sessions.write_rows(tmp_path / name / "records.jsonl", sessions.rows(50, start_at=50 * place))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     fingerprint, running, printed = "", [], []
     try:
         for own_terminals, lines in blocks():
             for line in lines:
                 words = shlex.split(line.replace("8470", port).replace("$FINGERPRINT", fingerprint))
-                words += ["--model", str(model), "--last-layers", "0", "--rank", "4"] if words[:2] == ["aggregator", "init"] else []
-                command = [sys.executable, "-m", f"cli.{words[0]}", *words[1:]]
-                if own_terminals:
-                    running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL))
-                    continue
-                done = subprocess.run(
-                    command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240
-                )
-                assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-                printed.append(done.stdout)
                 if words[:2] == ["aggregator", "init"]:
-                    fingerprint = re.search(r"fingerprint ([0-9a-f ]{79})", done.stdout)[1]
+                    words += ["--model", str(tiny_bert), "--last-layers", "0", "--rank", "4"]
+                if own_terminals:
+                    running.append(sessions.start(*words, cwd=tmp_path))
+                    continue
+                done = sessions.finish(*words, cwd=tmp_path, timeout_s=240)
+                assert done.code == 0, f"{line}\n{done.out}{done.err}"
+                printed.append(done.out)
+                if words[:2] == ["aggregator", "init"]:
+                    fingerprint = re.search(r"fingerprint ([0-9a-f ]{79})", done.out)[1]
         assert all(child.wait(60) == 0 for child in running[1:]), "a silo failed"
     finally:
         for child in running:

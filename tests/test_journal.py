@@ -214,6 +214,35 @@ def test_a_quorum_makes_a_head_that_everybody_is_shown(place) -> None:
     assert place.opened().journal.head(1) == head
 
 
+def test_a_renewed_head_stands_in_no_slot_and_the_next_rounds_goes_on_from_it(place) -> None:
+    place.put(3)
+    first = place.journal.checkpoint(1)
+    place.put(2)
+    renewed = place.journal.renew()
+    assert (renewed.size, place.store.latest("checkpoint")) == (5, 1)
+    shown = place.fetch("checkpoint")
+    assert log.open_checkpoint(notes.parse(shown), TERMS) == renewed == place.opened().journal.renew()
+    place.cosign(1, 1, 2, 3)
+    for again in (place, place.opened()):
+        assert again.journal.checkpoint(1) == first
+        assert again.journal.head(1) == first
+        assert place.fetch("checkpoint") == shown, "no smaller head is shown after it"
+    place.put(1)
+    second = place.journal.checkpoint(2)
+    tiles = Tiles(second.size, place.fetch)
+    tiles.check(second.root)
+    assert (second.size, tiles.root(5), tiles.root(3)) == (6, renewed.root, first.root)
+
+
+def test_what_must_be_in_a_head_is_put_before_each_new_one(place) -> None:
+    place.journal = Journal(
+        place.root / "log", store=place.store, identity=HUB, terms=TERMS, clock=lambda: 7.9, before_head=lambda: place.put(1)
+    )
+    place.put(3)
+    assert [place.journal.checkpoint(number).size for number in (1, 1, 2)] == [4, 4, 5]
+    assert place.journal.renew().size == 6
+
+
 # --- Never two heads that contradict -----------------------------------------------------------------------------------
 
 
@@ -286,6 +315,32 @@ def dies_in_a_write(patch, survive, after):
         patch.setattr(files, name, functools.partial(dying, getattr(files, name)))
     put = Store.put_once
     patch.setattr(Store, "put_once", lambda self, *args, **named: dying(functools.partial(put, self), *args, **named))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_any_write_of_a_renewed_head_the_next_one_goes_on(tmp_path, monkeypatch, after) -> None:
+    survived, ended = 0, False
+    while not ended:
+        place = Place(tmp_path / f"{survived}")
+        place.put(9)
+        first = place.journal.checkpoint(1)
+        place.put(5)
+        with monkeypatch.context() as patch:
+            dies_in_a_write(patch, survived, after)
+            try:
+                place.journal.renew()
+                ended = True
+            except Killed:
+                survived += 1
+        place.put(3)
+        seen = log.open_checkpoint(notes.parse(place.fetch("checkpoint")), TERMS)
+        assert place.opened().journal.checkpoint(1) == first
+        second = place.journal.checkpoint(2)
+        tiles = Tiles(second.size, place.fetch)
+        tiles.check(second.root)
+        assert (tiles.root(first.size), tiles.root(seen.size)) == (first.root, seen.root)
+        place.store.close()
+    assert survived >= 4, "tile, bundle, the note of what is signed, the shown head"
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -32,21 +32,9 @@ def every_state_of(*kinds: str) -> set[str]:
     return {state.format(kind) for kind in kinds for state in STATES}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with crash.commands(tmp_path_factory.mktemp("logs")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return sessions.tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="module")
-def walked(run, model, tmp_path_factory):
-    """A federation up to its published contract, each command of the aggregator killed at every site: (places, sites of each)."""
-    places = Places.create(tmp_path_factory.mktemp("base") / "federation", model)
+def test_init_member_and_sign_complete_what_a_killed_one_began(run, tiny_bert, tmp_path):
+    """Each killed at every site; a key that was once made stays."""
+    places = Places.create(tmp_path / "federation", tiny_bert)
     kept: dict[str, bytes] = {}
 
     def secrets_stay():
@@ -54,29 +42,19 @@ def walked(run, model, tmp_path_factory):
             assert kept.setdefault(path.name, path.read_bytes()) == path.read_bytes()
 
     last = "replace aggregator.toml"  # with it everything stands, and init says so
-    sites = {"init": run.walk(*places.init_hub(), home=places.hub, after=secrets_stay, spare=[last])}
+    init = run.walk(*places.init_hub(), home=places.hub, after=secrets_stay, spare=[last])
     again = run.run(*places.init_hub(), home=places.hub)
     assert (again.code, again.document["error"]["code"]) == (3, "home-exists")
     fingerprint = keys.fingerprint(keys.load(places.hub / "aggregator.key").public)
     for number, root in enumerate(places.silos, start=1):
         run.done(*places.init_silo(number, fingerprint), home=root)
-        sites["member"] = run.walk("aggregator", "member", root / "identity.pub", home=places.hub)
-    sites["sign"] = run.walk("aggregator", "sign", home=places.hub)
-    return places, sites
-
-
-@pytest.fixture
-def places(walked, tmp_path):
-    return walked[0].copied(tmp_path / "federation")
-
-
-def test_init_member_and_sign_complete_what_a_killed_one_began(walked):
-    places, sites = walked
-    assert crash.names({*sites["init"], "replace aggregator.toml"}) == crash.page("aggregator init")
-    assert crash.names(sites["member"]) == crash.page("aggregator member")
-    assert crash.names(sites["sign"]) == crash.page("aggregator sign")
-    assert set(sites["member"]) == {"torn federation.draft.toml~", "replace federation.draft.toml", "unlink federation.draft.toml~"}
-    assert set(sites["sign"]) >= every_state_of("contract") | {"link contract/vN.toml"}
+        member = run.walk("aggregator", "member", root / "identity.pub", home=places.hub)
+    sign = run.walk("aggregator", "sign", home=places.hub)
+    assert crash.names({*init, last}) == crash.page("aggregator init")
+    assert crash.names(member) == crash.page("aggregator member")
+    assert crash.names(sign) == crash.page("aggregator sign")
+    assert set(member) == {"torn federation.draft.toml~", "replace federation.draft.toml", "unlink federation.draft.toml~"}
+    assert set(sign) >= every_state_of("contract") | {"link contract/vN.toml"}
     with hub_commands.opened(places.hub) as at:
         assert [member.name for member in at.accepted.terms.member] == ["silo-1", "silo-2", "silo-3"]
         assert at.accepted.raw == (places.hub / "contract" / "v1.toml").read_bytes()
@@ -113,9 +91,8 @@ def test_epoch_and_round_killed_at_every_site_go_on_to_the_same_model(run, place
 
 # --- The service -----------------------------------------------------------------------------------------------------------------
 
-GUARDIAN_KINDS = {"guardian-note", "list", "endorsement", "shares", "close"}
+MEMBER_KINDS = sorted(set(KINDS) - AGGREGATOR_KINDS - whole.GUARDIAN_KINDS - whole.SLICE_KINDS)
 """There are no guardians here: tests/test_share_walk.py cuts the power at each of their documents."""
-MEMBER_KINDS = sorted(set(KINDS) - AGGREGATOR_KINDS - GUARDIAN_KINDS)
 
 
 class Eager(HttpTransport):
@@ -129,8 +106,8 @@ class Eager(HttpTransport):
         self.others.power.check()
         time.sleep(min(seconds, 0.05))
 
-    def _once(self, method, path, data, most):
-        answer = super()._once(method, path, data, most)
+    def _once(self, method, path, *rest):
+        answer = super()._once(method, path, *rest)
         if method == "PUT":
             self.answers.append(answer[0])
         return answer
@@ -238,9 +215,9 @@ def children_of(parent: int) -> list[int]:
     return found
 
 
-def test_a_killed_simulation_takes_its_processes_with_it_and_says_what_to_do_next(run, model, tmp_path):
+def test_a_killed_simulation_takes_its_processes_with_it_and_says_what_to_do_next(run, tiny_bert, tmp_path):
     data, home = sessions.write_rows(tmp_path / "small.jsonl", sessions.rows(150)), tmp_path / "simulation"
-    words = ("aggregator", "simulate", "--data", data, "--model", model, "--rounds", 3, "--epsilon", 6, "--json")
+    words = ("aggregator", "simulate", "--data", data, "--model", tiny_bert, "--rounds", 3, "--epsilon", 6, "--json")
     simulation = run.start(*words, home=home)
     sessions.until(lambda: (home / "logs" / "train-silo-3.log").exists() or not simulation.is_running, within_s=240)
     children = children_of(simulation.process.pid)

@@ -19,30 +19,10 @@ from privacy.messages import AGGREGATOR_KINDS, KINDS
 from silo.folder import FolderTransport
 from silo.participation import participate
 from tests import crash, sessions, whole
-from tests.crash import Others, Places
+from tests.crash import Others
 
 pytestmark = pytest.mark.slow
-CONSENT_MODE = set(KINDS) - {"guardian-note", "list", "endorsement", "shares", "close"}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with crash.commands(tmp_path_factory.mktemp("logs")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def base(run, tmp_path_factory):
-    """A published contract and three silos, none of which has joined."""
-    root = tmp_path_factory.mktemp("base")
-    made = Places.create(root / "federation", sessions.tiny_model(root / "model"))
-    crash.enrolled(run, made)
-    return made
-
-
-@pytest.fixture
-def places(base, tmp_path):
-    return base.copied(tmp_path / "federation")
+CONSENT_MODE = set(KINDS) - whole.GUARDIAN_KINDS - whole.SLICE_KINDS
 
 
 def names(sites) -> set[str]:

@@ -13,31 +13,10 @@ from privacy.dp.budget import MOST_ATTEMPTS
 from privacy.dp.entries import Commit, Plan, Reserve, Void
 from privacy.identity import keys
 from silo import reading
-from silo.upload import Persisted
-from tests import crash, sessions
-from tests.crash import Others, Places
+from tests import crash
+from tests.crash import Others, Watched
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with crash.commands(tmp_path_factory.mktemp("logs")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def base(run, tmp_path_factory):
-    """A published contract and three silos, none of which has joined."""
-    root = tmp_path_factory.mktemp("base")
-    made = Places.create(root / "federation", sessions.tiny_model(root / "model"))
-    crash.enrolled(run, made)
-    return made
-
-
-@pytest.fixture
-def places(base, tmp_path):
-    return base.copied(tmp_path / "federation")
 
 
 def test_init_completes_what_a_killed_one_began(run, base, tmp_path):
@@ -66,25 +45,6 @@ def test_join_signs_once_and_declares_the_plan_once(run, places):
     assert [type(entry) for entry in crash.history(root).entries][1:] == [Plan]
     assert reading.status(root)["joined"] is True
     assert not crash.litter(root)
-
-
-class Watched:
-    """What silo 1 must keep through its deaths: the upload it once had on disk is the only one that is ever sent."""
-
-    def __init__(self, others: Others):
-        self.others, self.root, self.uploads = others, others.places.silos[0], {}
-
-    def check(self) -> None:
-        for path in self.root.glob("epoch/*/attempt"):
-            found = Persisted.from_bytes(path.read_bytes())
-            assert self.uploads.setdefault(found.round, found.upload) == found.upload
-        for number, upload in self.uploads.items():
-            assert self.others.store.get("upload", number, 1) in (None, upload)
-        self.others.check(1)
-
-    def attempts(self) -> int:
-        """How often the next round was tried."""
-        return len(self.others.attempts(1, self.others.progress(1).round + 1))
 
 
 def train_walk(run, watched: Watched, sites: list[str], *, epoch: int) -> None:

@@ -37,7 +37,7 @@ from privacy.messages import (
 )
 from privacy.secure_sum.freeze import digest_of_set
 from silo.guardians.vows import Vows
-from silo.round import Settled
+from silo.parts import Settled
 from tests.malicious import SHARES, Spy, World, impatient, some
 from tests.whole import PowerCut
 

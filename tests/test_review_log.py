@@ -99,7 +99,8 @@ def test_a_cosignature_from_before_a_version_is_admitted_under_it(tmp_path):
         admission.admit("cosignature", 3, 1, late, town.store)
 
 
-NEXT = federation.parse(contract_bytes(3, aggregator_key=public(101), version=2, previous="ab" * 32))
+FIRST = federation.parse(contract_bytes(3))
+NEXT = federation.parse(contract_bytes(3, aggregator_key=public(101), version=2, previous=FIRST.digest.hex()))
 """The same federation after its coordinator's key was replaced."""
 
 
@@ -262,16 +263,17 @@ def test_epsilon_over_two_versions_is_the_filters():
     assert both.insiders > accounting.certify(events, delta).epsilon
 
 
-def test_no_report_states_one_versions_noise_for_anothers_rounds(tmp_path, monkeypatch):
-    town = Town(tmp_path, *NAMES)
-    first = town.sign()
-    second = parse(first.raw.replace(b"version = 1", b"version = 2"))
-    town.store.put_once("manifest", 1, AGGREGATOR, b"of round 1", received_at=1.0)
-    monkeypatch.setattr("aggregator.versions.of_round", lambda store, number: first)
-    commands._check_one_version(commands.Opened(home=town.home, store=town.store), first)
-    with pytest.raises(ConfigError) as caught:
-        commands._check_one_version(commands.Opened(home=town.home, store=town.store), second)
-    assert caught.value.code == "report-versions"
+def test_no_report_states_one_versions_noise_for_anothers_rounds():
+    first = parse(contract_bytes(3))
+    second = parse(contract_bytes(3, version=2, previous=first.digest.hex(), privacy={"noise_multiplier": 3.0}))
+    one, two = sample_report.run(2)
+    made = sample_report.make(second, (one, msgspec.structs.replace(two, version=2)), earlier=(first,))
+    delta = first.terms.privacy.delta
+    events = [federation.mechanism(each.terms, rounds=1) for each in (first, second)]
+    order = Limits(epsilon=first.terms.privacy.epsilon, delta=delta).filter_order
+    assert made.accounting.spent.epsilon == accounting.certify_adaptive(events, delta, order=order).epsilon
+    with pytest.raises(ConfigError, match="round 1 stands under version 1"):
+        sample_report.make(second, (one, two))
 
 
 def test_a_report_is_signed_in_the_contracts_suite(tmp_path):

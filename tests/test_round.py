@@ -29,7 +29,8 @@ from privacy.transparency.tree import Tree
 from privacy.update_rule import State
 from silo import config, membership, participation, session, settlement
 from silo.home import Home
-from silo.round import Parts, Rounds
+from silo.parts import Parts
+from silo.round import Rounds
 from silo.settlement import load_progress
 from silo.upload import masked as _original_masked
 from tests.federation import upload_of

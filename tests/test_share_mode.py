@@ -10,19 +10,13 @@ import pytest
 
 from privacy.dp.entries import Void
 from privacy.messages import AGGREGATOR, Outcome, Signed, decode
+from tests.carried import Carried
 from tests.whole import PowerCut, Whole
 
 SHARES = {"protocol": "shares", "dropouts": 1, "corrupt_guardians": 1}
 FOUR = (1, 2, 3, 4)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_polls():
-    """Silos and guardians look again after 50 ms; what they do then is the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("silo.round.POLL_S", "silo.participation.POLL_S", "silo.guardians.guarding.POLL_S", "silo.session.POLL_S"):
-            patch.setattr(name, 0.05)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_polls")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +25,15 @@ def made(tmp_path_factory):
     return Whole.create(tmp_path_factory.mktemp("share") / "federation", silos=FOUR, sum=SHARES)
 
 
-@pytest.fixture
-def whole(made, tmp_path):
-    return made.copied(tmp_path / "federation")
+CARRIERS = {"board": Whole, "folder": Carried}
+
+
+@pytest.fixture(params=sorted(CARRIERS))
+def whole(request, made, tmp_path):
+    """Over both carriers, like ``ran``."""
+    whole = made.copied(tmp_path / "federation", kind=CARRIERS[request.param])
+    yield whole
+    whole.close()
 
 
 def test_all_parties_reach_the_same_digest_each_round(whole):
@@ -58,9 +58,11 @@ def ready(made, tmp_path_factory):
     return whole
 
 
-@pytest.fixture
-def ran(ready, tmp_path):
-    return ready.copied(tmp_path / "federation")
+@pytest.fixture(params=sorted(CARRIERS))
+def ran(request, ready, tmp_path):
+    whole = ready.copied(tmp_path / "federation", kind=CARRIERS[request.param])
+    yield whole
+    whole.close()
 
 
 def fall(whole, silo, number, kind, *, after=False):
@@ -79,12 +81,12 @@ def fall(whole, silo, number, kind, *, after=False):
     return closed, settled
 
 
-FALLS = [(silo, kind, after) for silo in FOUR for kind in STAGES for after in (False, True)]
-if "SILOQUY_FULL" not in os.environ:  # every silo, every stage, before and after, in half of their combinations
-    FALLS = [each for each in FALLS if (each[0] + STAGES.index(each[1]) + each[2]) % 2]
+FALLS = [(way, silo, kind, after) for way in CARRIERS for silo in FOUR for kind in STAGES for after in (False, True)]
+if "SILOQUY_FULL" not in os.environ:  # over each carrier every stage, before and after; every silo; a quarter of all
+    FALLS = [each for each in FALLS if (each[1] + STAGES.index(each[2]) + 2 * each[3] + (each[0] == "folder")) % 4 == 0]
 
 
-@pytest.mark.parametrize(("silo", "kind", "after"), FALLS)
+@pytest.mark.parametrize(("ran", "silo", "kind", "after"), FALLS, indirect=["ran"])
 def test_a_silo_that_falls_at_any_stage_is_survived_and_comes_back(ran, silo, kind, after):
     closed, settled = fall(ran, silo, 2, kind, after=after)
     assert [c.kind for c in closed] == ["result"]

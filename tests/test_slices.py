@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import os
 from collections import Counter
 
@@ -19,6 +20,7 @@ from privacy.errors import TrustError
 from privacy.identity.keys import expand
 from privacy.messages import Header
 from privacy.secure_sum import guardian_sum, slices
+from privacy.transparency import proofs
 
 CTX = b"r" * 32
 SEGMENT = slices.SEGMENT_WORDS
@@ -102,12 +104,15 @@ def test_nobody_chooses(certificate, count, colluders, segment):
     assert max(ranks[silo] for silo in chosen) < min(rank for silo, rank in ranks.items() if silo not in chosen)
 
 
-def test_up_to_ten_silos_audit_everything_and_too_few_are_refused():
+def test_too_few_silos_pick_no_auditors_and_spares_are_the_next_ones():
     silos = tuple(range(1, 11))
-    assert all(slices.auditors(bytes(32), g, silos, colluders=1) == silos for g in range(5))
     for certificate, few in ((bytes(31), silos), (bytes(32), (1, 2)), (bytes(32), (1, 1, 2, 3))):
         with pytest.raises(TrustError):
             slices.auditors(certificate, 0, few, colluders=2)
+    for segment in range(20):
+        more = [set(slices.auditors(bytes(32), segment, silos, colluders=2, spare=spare)) for spare in range(9)]
+        assert [len(each) for each in more] == [3, 4, 5, 6, 7, 8, 9, 10, 10]
+        assert all(a <= b for a, b in itertools.pairwise(more))
 
 
 def test_duties_cover_every_segment_and_are_spread_evenly():
@@ -122,13 +127,18 @@ def test_duties_cover_every_segment_and_are_spread_evenly():
 
 
 def test_own_random_segments_come_on_top():
-    silos, d = tuple(range(1, 41)), 200 * SEGMENT
-    must = set(slices.duties(b"c" * 32, 5, silos, colluders=3, dimension=d))
-    mine = slices.duties(b"c" * 32, 5, silos, colluders=3, dimension=d, extra=7)
-    again = slices.duties(b"c" * 32, 5, silos, colluders=3, dimension=d, extra=7)
-    assert must < set(mine)
-    assert len(mine) == len(must) + 7
-    assert mine != again, "seven of 180 by os randomness: equal with probability below 1e-11"
+    silos, d = tuple(range(1, 41)), 2000 * SEGMENT
+    must = slices.duties(b"c" * 32, 5, silos, colluders=3, dimension=d)
+    mine, again = slices.own_choice(must, d), slices.own_choice(must, d)
+    assert not set(mine) & set(must)
+    assert mine != again, "one in sixteen of 1,800 by os randomness: equal with probability far below 1e-6"
+    assert 50 < len(mine) < 190, "112 are expected; a binomial leaves this with probability below 1e-6"
+
+
+def test_hashes_of_segments_lead_to_the_root_of_the_vector():
+    for d in (1, 16385, SEGMENT, SEGMENT + 1, 3 * SEGMENT + 77):
+        y = np.frombuffer(os.urandom(4 * d), dtype="<u4")
+        assert proofs.root_of_hashes(slices.hashes(y)) == guardian_sum.vector_root(y)
 
 
 def test_a_segment_of_a_stream_is_that_of_the_whole_stream():

@@ -11,9 +11,10 @@ import sqlite3
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from aggregator import admission, service
+from aggregator import admission, commands, service
 from aggregator import verify as aggregator_verify
 from aggregator.board import Board
 from aggregator.store import Row
@@ -21,6 +22,7 @@ from cli import aggregator as aggregator_cli
 from cli import errors
 from cli import silo as silo_cli
 from privacy import files
+from privacy.audit.evidence import read_report
 from privacy.audit.findings import Slot
 from privacy.audit.whole import Verdict
 from privacy.errors import ConfigError, MachineError
@@ -276,6 +278,116 @@ def test_a_federation_that_lost_a_round_this_silo_settled_is_named(whole):
     with served(whole) as url:
         found = silo_verify.verify(whole.root / "silo-3", url=url)
     assert Slot("manifest", 2, 0) in named(found)
+
+
+# --- A report in the log ---------------------------------------------------------------------------------------------------------
+
+
+def reported(whole, folder: Path, *, later: int = 0, **extra) -> Path:
+    """A report on the whole, made so many seconds later; its record."""
+    whole.home.facts_path.write_text('{"lora_width": 1, "simulated": false}')
+    facts = commands.build_report(whole.home.root, extra)
+    record, _ = commands.write_report(
+        whole.home.root, folder, msgspec.structs.replace(facts, generated_at=facts.generated_at + later)
+    )
+    return record
+
+
+def reports(whole) -> list[Row]:
+    return [row for row in aggregator_verify.rows_of(whole.home) if row.kind == "report"]
+
+
+def in_log(found: Verdict) -> list[str]:
+    return [check.status for check in found.checks if check.what == "in the log"]
+
+
+def test_a_report_stands_in_the_log_once_and_both_sides_find_it_there(whole, tmp_path):
+    record = reported(whole, tmp_path / "one")
+    first = record.read_bytes()
+    again = reported(whole, tmp_path / "two", later=60)
+    assert again.read_bytes() == first, "the same facts are the same report, wherever and whenever it is written"
+    (row,) = reports(whole)
+    assert row.leaf == in_head(whole) - 1, "a head covers it at once, though no round follows"
+    over = (
+        aggregator_verify.verify(whole.home.root, report=read_report(record)),
+        silo_verify.verify(whole.root / "silo-1", folder=whole.home.root, report=record),
+    )
+    for found in over:
+        assert found.holds, found.failed
+        assert not found.open
+        assert in_log(found) == ["ok", "note"]
+    reported(whole, tmp_path / "three", held_out_records=7)
+    assert [row.number for row in reports(whole)] == [1, 2], "other facts are another report"
+    forged = record.with_name("forged.json")
+    forged.write_bytes(first.replace(b'"generated_at": ', b'"generated_at": 1'))
+    found = silo_verify.verify(whole.root / "silo-1", folder=whole.home.root, report=forged)
+    assert [(check.kind, check.what) for check in found.failed] == [("report", "in the log")]
+
+
+def test_a_report_goes_on_to_the_next_rounds_head(whole, tmp_path):
+    record = reported(whole, tmp_path / "report")
+    goes_on = Whole(whole.root, whole.accepted)
+    goes_on.run(3)
+    goes_on.close()
+    found = aggregator_verify.verify(whole.home.root)
+    assert found.holds, found.failed
+    assert not found.open
+    found = silo_verify.verify(whole.root / "silo-1", folder=whole.home.root, report=record)
+    assert in_log(found) == ["ok"], "a quorum cosigned a head over it"
+    assert {check.what for check in found.failed} == {"contents", "epsilon outside", "epsilon insiders", "epsilon sum_broken"}
+
+
+def test_without_a_log_or_a_head_over_it_a_reports_place_is_open(whole, tmp_path):
+    with whole.home.locked():  # as while a coordinator is at work
+        record = reported(whole, tmp_path / "report")
+    assert reports(whole)[0].leaf >= in_head(whole), "the head is the coordinator's to make"
+    found = aggregator_verify.verify(whole.home.root, report=read_report(record))
+    assert (in_log(found), found.holds) == (["open"], True)
+    shutil.rmtree(whole.home.log_folder)
+    found = aggregator_verify.verify(whole.home.root, report=read_report(record))
+    assert in_log(found) == ["open"]
+
+
+# --- A home that was cut ---------------------------------------------------------------------------------------------------------
+
+
+def cut(whole) -> None:
+    """Round 2 and the log are gone, as if they had never been."""
+    sql(whole, "DELETE FROM documents WHERE number > 1")
+    sql(whole, "DELETE FROM documents WHERE kind IN ('checkpoint', 'cosignature', 'head')")
+    kept = {row.digest for row in aggregator_verify.rows_of(whole.home)}
+    for path in whole.home.evidence_folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    shutil.rmtree(whole.home.log_folder)
+
+
+def test_a_home_that_was_cut_ends_with_6_and_with_the_number_of_rounds_with_4(whole, capsys):
+    cut(whole)
+    words = ["verify", "--home", str(whole.home.root)]
+    assert errors.run(aggregator_cli.app, [*words, "--json"]) == 6
+    document = json.loads(capsys.readouterr().out)
+    assert document["holds"] is True
+    assert document["counts"]["failed"] == 0
+    assert document["counts"]["open"] > 0
+    assert sum(document["counts"].values()) == len(document["checks"])
+    assert errors.run(aggregator_cli.app, [*words, "--allow-open"]) == 0
+    assert "? " in capsys.readouterr().out
+    assert errors.run(aggregator_cli.app, [*words, "--allow-open", "--rounds-at-least", "1"]) == 0
+    capsys.readouterr()
+    assert errors.run(aggregator_cli.app, [*words, "--allow-open", "--rounds-at-least", "2"]) == 4
+    assert "the last round that ended here is 1" in capsys.readouterr().out
+    silo = ["verify", "--home", str(whole.root / "silo-1"), "--folder", str(whole.home.root), "--allow-open"]
+    assert errors.run(silo_cli.app, silo) == 4, "the silo itself knows that it settled round 2"
+    assert "this silo settled round 2" in capsys.readouterr().out
+
+
+def test_a_log_that_ends_before_the_head_a_silo_holds_is_named(whole):
+    rows = {(row.kind, row.number): row.digest for row in aggregator_verify.rows_of(whole.home)}
+    old = whole.home.evidence_folder / rows["checkpoint", 1]
+    files.write_atomic(whole.home.log_folder / "checkpoint", old.read_bytes())
+    found = silo_verify.verify(whole.root / "silo-1", folder=whole.home.root)
+    assert ("log", "own head") in {(check.kind, check.what) for check in found.failed}
 
 
 # --- The commands ---------------------------------------------------------------------------------------------------------------

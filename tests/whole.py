@@ -11,6 +11,8 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import os
+import random
 import shutil
 import threading
 import time
@@ -23,7 +25,6 @@ from aggregator import admission
 from aggregator import config as places
 from aggregator.board import Board
 from aggregator.coordinator import Coordinator, coordinating
-from aggregator.store import Store
 from privacy import envelope, federation
 from privacy.dp import ledger
 from privacy.dp.budget import Gate, Limits
@@ -34,9 +35,11 @@ from privacy.transparency import log
 from silo import config, membership, session
 from silo.home import Home
 from silo.participation import participate
-from silo.round import Parts, Rounds, Settled
+from silo.parts import Parts, Settled
+from silo.round import Rounds
 from silo.settlement import load_progress
 from silo.watch import Watch
+from tests.federation import Remembering
 from tests.terms import contract_bytes
 
 SILOS = (1, 2, 3)
@@ -44,6 +47,11 @@ BASIS = b"b" * 32
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 LIMITS = Limits(epsilon=50.0, delta=1e-5)
 PATIENCE_S = 30.0
+MOST_STRIDE = 5
+GUARDIAN_KINDS = frozenset({"guardian-note", "list", "endorsement", "shares", "close"})
+"""What only guardians say: in consent mode there is none of it."""
+SLICE_KINDS = frozenset({"vector", "claim", "verdict", "audit"})
+"""What is only said where slices are audited."""
 
 
 class PowerCut(BaseException):
@@ -65,13 +73,52 @@ class Power:
         raise PowerCut
 
 
-class LoggingStore(Store):
+def stride() -> int:
+    """How many documents to let through until the next cut: by chance some, so that another place is cut in every run.
+
+    With SILOQUY_FULL=1 always one: a cut between any two documents.
+    """
+    return 1 if "SILOQUY_FULL" in os.environ else random.SystemRandom().randint(1, MOST_STRIDE)
+
+
+class Looks:
+    """How often each thread paused for a document that did not come, since the last one came: who only waits, and who is slow."""
+
+    ENOUGH = 2.0
+    """Pauses after which a thread has seen all that there was: between two of them it does whatever it can."""
+
+    def __init__(self) -> None:
+        self.counts: dict[threading.Thread, float] = {}
+
+    def clear(self) -> None:
+        self.counts.update(dict.fromkeys(list(self.counts), 0.0))
+
+    def enter(self) -> None:
+        """This thread is at work, and is not waiting for anything yet."""
+        self.counts[threading.current_thread()] = 0.0
+
+    def leave(self) -> None:
+        """This thread waits for something that only others can do."""
+        self.counts.pop(threading.current_thread(), None)
+
+    def add(self, pauses: float = 1.0) -> None:
+        thread = threading.current_thread()
+        self.counts[thread] = self.counts.get(thread, 0.0) + pauses
+
+    def all_wait(self) -> bool:
+        """Whether every thread that lives, but for the test's own, has paused often enough."""
+        own = threading.main_thread()
+        return all(count > self.ENOUGH for thread, count in list(self.counts.items()) if thread.is_alive() and thread is not own)
+
+
+class LoggingStore(Remembering):
     """The store, which also keeps the order of its documents, and rings when one comes."""
 
     def __init__(self, *args, bell: threading.Condition, power: Power):
         super().__init__(*args)
         self.bell, self.power = bell, power
         self.log: list[tuple[tuple[str, int, int], bytes]] = []
+        self.looks = Looks()
 
     def put_once(self, kind, number, party, data, *, received_at):
         with self.bell:
@@ -82,6 +129,7 @@ class LoggingStore(Store):
             found = super().put_once(kind, number, party, data, received_at=received_at)
             if is_new:
                 self.log.append(((kind, number, party), data))
+                self.looks.clear()
                 self.bell.notify_all()
                 if self.power.left is not None:
                     self.power.left -= 1
@@ -109,8 +157,8 @@ class View:
 class Line:
     """A silo's transport: the board, without HTTP. ``alter`` may change what this silo is shown, or raise PowerCut."""
 
-    def __init__(self, board: Board, bell: threading.Condition, power: Power, log_folder: Path):
-        self.board, self.bell, self.power, self.log_folder = board, bell, power, log_folder
+    def __init__(self, board: Board, bell: threading.Condition, power: Power, log_folder: Path, looks: Looks):
+        self.board, self.bell, self.power, self.log_folder, self.looks = board, bell, power, log_folder, looks
         self.alter: Callable[[tuple[str, int, int], bytes | None], bytes | None] = lambda slot, data: data
 
     def get(self, kind, number, party, *, wait_s):
@@ -120,8 +168,13 @@ class Line:
                 self.power.check()
                 found = self.board.get(kind, number, party)
                 if found is not None or time.monotonic() >= end:
+                    self.looks.add(float(found is None and wait_s > 0))
                     return self.alter((kind, number, party), found)
                 self.bell.wait(min(0.05, max(0.0, end - time.monotonic())))
+
+    def part(self, kind, number, party, start, size, *, wait_s):
+        self.power.check()
+        return self.alter(("part", kind, number, party, start), self.board.part(kind, number, party, start, size))
 
     def put(self, kind, number, party, data):
         self.power.check()
@@ -168,7 +221,7 @@ class Silo:
         verify = functools.partial(keys.verify_signature, self.identity.public.sign_key)
         self.ledger = ledger.Ledger.open(self.home.ledger_path, sign=self.identity.sign, clock=time.time, verify=verify)
         self.gate = Gate(
-            self.ledger, limits, plan=federation.mechanism(accepted.terms), contract=accepted.digest.hex(),
+            self.ledger, limits, plan=federation.event(accepted.terms), contract=accepted.digest.hex(),
             steps_per_attempt=accepted.terms.training.steps_per_round, fewest=accepted.terms.fewest,
         )  # fmt: skip
         self.gate.declare()
@@ -251,26 +304,27 @@ class Whole:
         for silo in silos:
             membership.countersign(
                 Home(root / f"silo-{silo}"), whole.line(), identities[silo], accepted,
-                limits=config.Limits(epsilon=50.0, delta=1e-5), now=NOW, check_local=lambda accepted: None,
+                limits=config.Limits(epsilon=50.0, delta=1e-5, without_privacy=not accepted.terms.is_private), now=NOW,
+                check_local=lambda accepted: None,
             )  # fmt: skip
         return whole
 
-    def copied(self, root: Path, **options) -> Whole:
-        """A copy of everything on disk, opened."""
+    def copied(self, root: Path, *, kind: type[Whole] | None = None, **options) -> Whole:
+        """A copy of everything on disk, opened; ``kind`` may be one with another carrier."""
         self.close()
         shutil.copytree(self.root, root)
-        return Whole(root, self.accepted, **options)
+        return (kind or type(self))(root, self.accepted, **options)
 
     def restarted(self, **options) -> Whole:
         """New objects from the same disk."""
         self.close()
-        return Whole(self.root, self.accepted, **options)
+        return type(self)(self.root, self.accepted, **options)
 
     def close(self) -> None:
         self.store.close()
 
     def line(self) -> Line:
-        return Line(self.board, self.bell, self.power, self.home.log_folder)
+        return Line(self.board, self.bell, self.power, self.home.log_folder, self.store.looks)
 
     def silo(self, silo: int, *, folder: str = "", line: Line | None = None, **options) -> Silo:
         root = self.root / (folder or f"silo-{silo}")
@@ -282,6 +336,7 @@ class Whole:
     def coordinator(self) -> Iterator[Coordinator]:
         def sleep(seconds: float) -> None:
             self.power.check()
+            self.store.looks.add(0.1)  # it pauses several times between two looks
             with self.bell:
                 self.bell.wait(seconds)
 
@@ -336,18 +391,23 @@ class Whole:
         """The coordinator's progress; the last word is kept."""
         self.waiting = event
 
-    def hurry(self, is_over: Callable[[], bool], *, silent: int, stalled_s: float = 1.0) -> None:
+    def hurry(self, is_over: Callable[[], bool], *, silent: int, stalled_s: float = 0.3) -> None:
         """Let a deadline pass whenever no document came for a while, until it is over.
 
-        Only while no more than ``silent`` parties are waited for: a slow machine is not silent. Guardians close by their clocks.
+        Only while no more than ``silent`` parties are waited for, and all who live only wait, however slow the machine is.
+        Guardians close by their clocks.
         """
         seen, since = len(self.store.log), time.monotonic()
         while not is_over():
             time.sleep(0.02)
             if len(self.store.log) != seen:
                 seen, since = len(self.store.log), time.monotonic()
-            elif time.monotonic() - since > stalled_s and self.waits_for_nobody_else(silent):
+                continue
+            stalled = time.monotonic() - since
+            waits = self.store.looks.all_wait() or stalled > PATIENCE_S
+            if stalled > stalled_s and waits and self.waits_for_nobody_else(silent):
                 self.clock.skip(self.accepted.terms.sum.deadline_s + 1.0)
+                self.store.looks.clear()
                 since = time.monotonic()
 
     def waits_for_nobody_else(self, silent: int) -> bool:
@@ -364,7 +424,12 @@ class Whole:
             finally:
                 done.set()
 
-        *_, closed, _ = together(*jobs, coordinate, functools.partial(self.hurry, done.is_set, silent=silent))
+        def lives(job):
+            self.store.looks.enter()
+            return job()
+
+        living = [functools.partial(lives, job) for job in (*jobs, coordinate)]
+        *_, closed, _ = together(*living, functools.partial(self.hurry, done.is_set, silent=silent))
         return closed
 
     def dying(self, kind: str, number: int, *, after: bool = False) -> Line:
@@ -392,6 +457,7 @@ class Whole:
 
     def wait_for(self, kind: str, number: int, *parties: int) -> None:
         """Return when these parties' documents stand."""
+        self.store.looks.leave()
         with self.bell:
             assert self.bell.wait_for(lambda: set(parties) <= set(self.store.parties(kind, number)), PATIENCE_S)
 

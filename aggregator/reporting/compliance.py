@@ -6,163 +6,48 @@ for every round in which its upload arrived, void and open rounds too: one step 
 That is the aggregator's count: a silo charges each attempt in its own ledger, which is the authority and may stand higher. What
 nobody recorded has no field.
 
-The schema is ``siloquy-report/1`` (docs/reference/report.md): fields are added, never renamed, under the same number.
+Rounds of earlier versions of the contract are charged with those versions' own terms (privacy.spending).
+
+The schema is ``siloquy-report/2`` (docs/reference/report.md): fields are added, never renamed, under the same number.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
 
-import msgspec
-
-from aggregator.reporting import assumptions, figures, wording
-from aggregator.reporting.assumptions import Assumption
-from aggregator.reporting.figures import Curve, Figure, Natural
-from aggregator.reporting.wording import Check, Fact, Item, Parameter
-from privacy import federation
-from privacy.dp.mechanism import LatticeGaussian
+from aggregator.reporting import assumptions, wording
+from aggregator.reporting.counted import Counted
+from aggregator.reporting.figures import Curve
+from aggregator.reporting.record import (
+    SCHEMA,
+    Accounting,
+    Adversary,
+    Charge,
+    Federation,
+    Guarantee,
+    Odds,
+    ProfilePoint,
+    Report,
+    RoundFacts,
+    Scalar,
+    SiloBudget,
+    Traffic,
+    Version,
+)
+from privacy import chain, federation
+from privacy.changes import changes
 from privacy.errors import ConfigError
-from privacy.federation import Accepted, Contract, Hex32
+from privacy.federation import Accepted, Contract
 from privacy.identity import keys
+from privacy.spending import ADVERSARIES, Load
 
-Scalar = str | int | float | bool | None
-
-SCHEMA: Literal["siloquy-report/1"] = "siloquy-report/1"
 FALSE_POSITIVE_RATES = (0.001, 0.01)
 PROFILE_DELTAS = (1e-5, 1e-4, 5e-4, 2e-3, 0.01, 0.03, 0.1, 0.2)
 """Where the (epsilon, delta) curve is taken beside the contract's delta; each point is a valid bound of its own."""
 
 _BURN_DOWN_POINTS = 12
 _LARGEST_EXPONENT = 700.0
-
-
-class RoundFacts(Fact, frozen=True, kw_only=True):
-    """One round as the aggregator stored it. Times are Unix seconds, digests hex, ``participants`` silos whose upload arrived.
-
-    ``stood``: how many of them are in the sum, where that may be fewer than all.
-    """
-
-    number: Natural
-    kind: Literal["result", "void", "annulled"]
-    reason: str
-    opened_at: int
-    closed_at: int
-    participants: tuple[int, ...]
-    outcome_digest: Hex32
-    state_digest: Hex32
-    bytes_in: Natural
-    stood: Natural | None = None
-
-
-class Federation(Fact, frozen=True, kw_only=True):
-    """Which federation, under which version of its contract, on which base model, with which model state now."""
-
-    name: str
-    version: int
-    mode: str
-    steps_per_round: Natural
-    expires: str
-    contract_digest: Hex32
-    previous_digest: str
-    model: str
-    model_digest: Hex32
-    state_digest: Hex32
-
-
-class Adversary(Fact, frozen=True, kw_only=True):
-    """What one adversary can learn: now and at the end of the plan. ``name`` is that of privacy.federation.adversaries."""
-
-    name: Literal["outside", "insiders", "sum_broken"]
-    who: str
-    shares: int
-    effective_noise_multiplier: float
-    spent: Figure
-    plan: Figure
-    stood: float | None = None
-    """Where silos may be away: what ``spent`` comes to with the noise that stood in each sum. Shown beside, never planned on."""
-
-
-class Odds(Fact, frozen=True, kw_only=True):
-    """The most an attacker's test can be right (true positives) when it is wrong at a given rate (false positives)."""
-
-    false_positive_rate: float
-    spent: float
-    plan: float
-
-
-class Guarantee(Fact, frozen=True, kw_only=True):
-    """The statement: unit, relation, delta, three adversaries, and what it means for one unit."""
-
-    unit: str
-    relation: str
-    delta: float
-    adversaries: tuple[Adversary, ...]
-    odds: tuple[Odds, ...]
-
-
-class ProfilePoint(Fact, frozen=True, kw_only=True):
-    """One point of the (epsilon, delta) curve against the insiders."""
-
-    delta: float
-    spent: float
-    plan: float
-
-
-class Accounting(Fact, frozen=True, kw_only=True):
-    """The accountants side by side, and the event from which anybody can compute the figures again."""
-
-    event: LatticeGaussian
-    spent: Figure
-    plan: Figure
-    profile: tuple[ProfilePoint, ...]
-
-
-class SiloBudget(Fact, frozen=True, kw_only=True):
-    """One silo's budget by the aggregator's count. ``left`` is 0 when the limit is passed; rounds_left counts the declared plan."""
-
-    silo: int
-    name: str
-    organisation: str
-    fingerprint: str
-    spent: Figure
-    limit: float
-    left: float
-    rounds_left: Natural
-
-
-class Traffic(Fact, frozen=True, kw_only=True):
-    """What left each site. ``lora_bytes`` is what the same layers would send per silo and round as plain LoRA factors."""
-
-    upload_bytes: Natural
-    lora_bytes: Natural
-    received_bytes: Natural
-    left: tuple[Item, ...]
-    stayed: tuple[str, ...]
-
-
-class Report(Fact, frozen=True, kw_only=True):
-    """The whole report; its JSON is the record."""
-
-    format: Literal["siloquy-report/1"] = msgspec.field(name="schema")
-    generated_at: int
-    federation: Federation
-    summary: tuple[str, ...]
-    guarantee: Guarantee
-    mechanism: tuple[Parameter, ...]
-    accounting: Accounting
-    silos: tuple[SiloBudget, ...]
-    burn_down: tuple[Figure, ...]
-    composition: tuple[str, ...]
-    traffic: Traffic
-    rounds: tuple[RoundFacts, ...]
-    assumptions: tuple[Assumption, ...]
-    software: dict[str, str]
-    aggregator_fingerprint: str
-    consents: tuple[str, ...]
-    checks: tuple[Check, ...]
-    extra: dict[str, Scalar]
 
 
 def facts(
@@ -176,10 +61,12 @@ def facts(
     software: Mapping[str, str],
     extra: Mapping[str, Scalar] | None = None,
     still_open: Collection[int] = (),
+    earlier: Sequence[Accepted] = (),
 ) -> Report:
-    """The report on ``rounds`` under the contract ``accepted``.
+    """The report on ``rounds`` under the contract ``accepted``, and under the versions before it.
 
     Args:
+        earlier: every published version below ``accepted``, ascending; those that it says are not in effect too.
         upload_bytes, lora_bytes: per silo and round; what is sent, and what plain LoRA would send.
         state_digest: hex digest of the model state after the last round.
         generated_at: Unix seconds.
@@ -187,31 +74,33 @@ def facts(
             the words are those of a simulation.
         still_open: silos whose upload to a round that has not ended is here; it is charged, and not among ``rounds``.
 
-    Formal guarantees: every epsilon equals ``accounting.certify`` of the contract's mechanism at the stated steps and shares;
-    a silo's rounds are those, void ones and an open one included, that hold an upload of it.
+    Formal guarantees: every epsilon equals ``privacy.spending`` of the rounds under each version, and so, of one version,
+    ``accounting.certify`` of its mechanism at the stated steps and shares; a silo's rounds are those, void ones and an open one
+    included, that hold an upload of it.
 
     Raises:
-        ConfigError: round numbers do not ascend, or a participant is no member or stands twice.
+        ConfigError: round numbers do not ascend, a round's version is not in effect, or a participant is no member or stands twice.
         NotCertified: the accountants give no agreed, finite figure.
     """
     terms = accepted.terms
-    _check_rounds(terms, rounds)
-    curve = Curve(terms)
-    silos = tuple(_silo(curve, member, _charged(rounds, member.id) + (member.id in still_open)) for member in terms.member)
+    standing = (*chain.ancestors(accepted, earlier), accepted)
+    check_rounds(terms, rounds, {each.terms.version: each.terms for each in standing})
+    every = sorted({each.digest: each for each in (*earlier, accepted)}.values(), key=lambda each: each.terms.version)
+    counted = Counted(Curve(standing, min((each.version for each in rounds), default=None)), standing, rounds, still_open)
+    silos = tuple(_silo(counted, member) for member in counted.members)
     simulated = (extra or {}).get("simulated") is True
-    most = max(silo.spent.rounds for silo in silos)
-    spent, plan = curve(most), curve(terms.training.rounds)
-    profile = tuple(_profile_point(curve, delta, most) for delta in _deltas(terms))
-    odds = tuple(_odds(rate, profile, most) for rate in FALSE_POSITIVE_RATES)
+    made = _accounting(counted, counted.curve.spending.order if len(standing) > 1 and rounds else None)
+    odds = tuple(_odds(rate, made.profile, made.spent.rounds) for rate in FALSE_POSITIVE_RATES)
     return Report(
         format=SCHEMA,
         generated_at=generated_at,
-        federation=_federation(accepted, state_digest),
+        federation=federation_facts(accepted, state_digest),
+        versions=tuple(_version(each, every, standing, rounds) for each in every),
         summary=wording.summary(
             terms,
-            rounds=most,
-            epsilon=spent.epsilon,
-            rounds_left=min(silo.rounds_left for silo in silos),
+            rounds=made.spent.rounds,
+            epsilon=made.spent.epsilon,
+            rounds_left=min(silo.rounds_left for silo in silos if terms.version in silo.versions),
             odds=(odds[0].false_positive_rate, odds[0].spent),
             upload_bytes=upload_bytes,
             simulated=simulated,
@@ -220,19 +109,19 @@ def facts(
             unit=wording.unit(terms),
             relation=wording.relation(terms),
             delta=terms.privacy.delta,
-            adversaries=_adversaries(curve, most, _standing(rounds, silos)),
+            adversaries=_adversaries(counted),
             odds=odds,
         ),
         mechanism=wording.parameters(terms, simulated=simulated),
-        accounting=Accounting(event=federation.mechanism(terms), spent=spent, plan=plan, profile=profile),
+        accounting=made,
         silos=silos,
-        burn_down=tuple(curve(count) for count in _grid(most, terms.training.rounds)),
-        composition=wording.composition(terms, simulated=simulated),
+        burn_down=tuple(counted.curve(load) for load in counted.path(_grid(made.spent.rounds, made.plan.rounds))),
+        composition=(*wording.composition(terms, simulated=simulated), *wording.of_versions(len(standing))),
         traffic=_traffic(terms, rounds, upload_bytes, lora_bytes),
         rounds=tuple(rounds),
         assumptions=assumptions.of(terms, simulated=simulated),
         software=dict(software),
-        aggregator_fingerprint=_coordinator(terms),
+        aggregator_fingerprint=coordinator(terms),
         consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)),
         checks=wording.checks(),
         extra=dict(extra or {}),
@@ -255,13 +144,20 @@ def true_positive_bound(false_positive_rate: float, profile: Iterable[tuple[floa
     return min(bounds)
 
 
-def _check_rounds(terms: Contract, rounds: Sequence[RoundFacts]) -> None:
+def check_rounds(terms: Contract, rounds: Sequence[RoundFacts], versions: Mapping[int, Contract] | None = None) -> None:
+    """Return if the rounds ascend and every participant is a member of its round's version, once. Raises ConfigError."""
+    known = {terms.version: terms} if versions is None else versions
     numbers = [each.number for each in rounds]
     if numbers != sorted(set(numbers)):
         raise ConfigError(f"round numbers must ascend, found {numbers}", hint="pass the rounds as stored", code="report-rounds")
     for each in rounds:
+        if each.version not in known:
+            raise ConfigError(
+                f"round {each.number} stands under version {each.version}, in effect are {sorted(known)}",
+                hint="run `aggregator verify`", code="report-rounds",
+            )  # fmt: skip
         for silo in each.participants:
-            terms.by_id(silo)
+            known[each.version].by_id(silo)
         if len(set(each.participants)) != len(each.participants):
             raise ConfigError(
                 f"round {each.number} names a silo twice: {list(each.participants)}",
@@ -271,11 +167,8 @@ def _check_rounds(terms: Contract, rounds: Sequence[RoundFacts]) -> None:
             )
 
 
-def _charged(rounds: Sequence[RoundFacts], silo: int) -> int:
-    return sum(silo in each.participants for each in rounds)
-
-
-def _federation(accepted: Accepted, state_digest: str) -> Federation:
+def federation_facts(accepted: Accepted, state_digest: str) -> Federation:
+    """What a report says of the federation."""
     terms = accepted.terms
     return Federation(
         name=terms.name,
@@ -291,41 +184,57 @@ def _federation(accepted: Accepted, state_digest: str) -> Federation:
     )
 
 
-def _standing(rounds: Sequence[RoundFacts], silos: Sequence[SiloBudget]) -> list[int | None]:
-    """For each round of the silo that is charged most: how many silos stood in its sum; None without a sum, or while it is open."""
-    most = max(silos, key=lambda silo: silo.spent.rounds)
-    found = [each.stood if each.kind == "result" else None for each in rounds if most.silo in each.participants]
-    return [*found, *([None] * (most.spent.rounds - len(found)))]
+def _version(
+    accepted: Accepted, every: Sequence[Accepted], standing: Sequence[Accepted], rounds: Sequence[RoundFacts]
+) -> Version:
+    terms = accepted.terms
+    numbers = [each.number for each in rounds if each.version == terms.version]
+    before = chain.ancestors(accepted, every)[-1:]
+    return Version(
+        version=terms.version,
+        digest=accepted.digest.hex(),
+        in_effect=accepted in standing,
+        members=tuple(member.id for member in terms.member),
+        rounds=len(numbers),
+        first_round=min(numbers, default=None),
+        last_round=max(numbers, default=None),
+        changed=changes(before[0].terms, terms) if before else (),
+        event=federation.mechanism(terms, rounds=1),
+    )
 
 
-def _adversaries(curve: Curve, rounds: int, standing: Sequence[int | None]) -> tuple[Adversary, ...]:
-    terms = curve.terms
+def _accounting(counted: Counted, order: int | None) -> Accounting:
+    curve, most, plan = counted.curve, counted.most, counted.plan
+    profile = tuple(
+        ProfilePoint(delta=delta, spent=curve(most, delta=delta).epsilon, plan=curve(plan, delta=delta).epsilon)
+        for delta in sorted({curve.terms.privacy.delta, *PROFILE_DELTAS})
+    )
+    return Accounting(
+        event=federation.mechanism(curve.terms), order=order, charged=_charges(most), planned=_charges(plan), spent=curve(most),
+        plan=curve(plan), profile=profile,
+    )  # fmt: skip
+
+
+def _charges(load: Load) -> tuple[Charge, ...]:
+    return tuple(Charge(version=version, rounds=rounds) for version, rounds in load if rounds)
+
+
+def _adversaries(counted: Counted) -> tuple[Adversary, ...]:
+    curve, terms = counted.curve, counted.curve.terms
     seen = federation.adversaries(terms)
-    stood = figures.stood(terms, standing) if terms.shared and not terms.is_local else {}
+    stood = curve.stood(counted.standing()) if terms.shared and not terms.is_local else {}
     return tuple(
         Adversary(
             name=name,
             who=wording.adversary(name, terms),
             shares=seen[name].shares,
             effective_noise_multiplier=seen[name].effective_noise_multiplier,
-            spent=curve(rounds, shares=seen[name].shares),
-            plan=curve(terms.training.rounds, shares=seen[name].shares),
+            spent=curve(curve.most(counted.loads, name), adversary=name),
+            plan=curve(counted.plan, adversary=name),
             stood=stood.get(name),
         )
-        for name in _ADVERSARIES
+        for name in ADVERSARIES
     )
-
-
-_ADVERSARIES: tuple[Literal["outside", "insiders", "sum_broken"], ...] = ("outside", "insiders", "sum_broken")
-
-
-def _deltas(terms: Contract) -> list[float]:
-    return sorted({terms.privacy.delta, *PROFILE_DELTAS})
-
-
-def _profile_point(curve: Curve, delta: float, rounds: int) -> ProfilePoint:
-    plan = curve(curve.terms.training.rounds, delta=delta)
-    return ProfilePoint(delta=delta, spent=curve(rounds, delta=delta).epsilon, plan=plan.epsilon)
 
 
 def _odds(rate: float, profile: Sequence[ProfilePoint], rounds: int) -> Odds:
@@ -334,21 +243,27 @@ def _odds(rate: float, profile: Sequence[ProfilePoint], rounds: int) -> Odds:
     return Odds(false_positive_rate=rate, spent=true_positive_bound(rate, spent), plan=true_positive_bound(rate, plan))
 
 
-def _silo(curve: Curve, member: federation.Member, rounds: int) -> SiloBudget:
-    limit, spent = curve.terms.privacy.epsilon, curve(rounds)
+def _silo(counted: Counted, member: federation.Member) -> SiloBudget:
+    curve, load, versions = counted.curve, counted.load(member.id), counted.versions_of(member.id)
+    limit, spent = curve.terms.privacy.epsilon, curve(load)
+    planned = dict(counted.plan).get(curve.terms.version, 0) - dict(load).get(curve.terms.version, 0)
+    stays = curve.terms.version in versions
     return SiloBudget(
         silo=member.id,
+        versions=versions,
+        charged=_charges(load),
         name=member.name,
         organisation=member.organisation,
         fingerprint=keys.fingerprint(keys.stated(member)),
         spent=spent,
         limit=limit,
         left=max(0.0, limit - spent.epsilon),
-        rounds_left=max(0, curve.rounds_within(limit) - rounds),
+        rounds_left=curve.rounds_within(load, limit, planned) if stays else 0,
     )
 
 
-def _coordinator(terms: Contract) -> str:
+def coordinator(terms: Contract) -> str:
+    """The aggregator's fingerprint."""
     return keys.fingerprint(keys.stated(terms.aggregator, bytes.fromhex(terms.aggregator.seal_key)))
 
 

@@ -21,8 +21,9 @@ import jinja2
 import msgspec
 
 from aggregator.reporting import charts, wording
-from aggregator.reporting.compliance import Report, Scalar, SiloBudget
 from aggregator.reporting.figures import Figure
+from aggregator.reporting.no_guarantee import KEY, AnyReport, OpenReport
+from aggregator.reporting.record import Report, Scalar, SiloBudget
 from privacy import files
 from privacy.errors import TrustError
 
@@ -33,7 +34,7 @@ HTML_NAME = "report.html"
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
-def write(report: Report, folder: Path, *, sign: Callable[[bytes], bytes]) -> tuple[Path, Path]:
+def write(report: AnyReport, folder: Path, *, sign: Callable[[bytes], bytes]) -> tuple[Path, Path]:
     """Write record, signature and page into ``folder`` (made when missing); the paths of record and page.
 
     Each file is replaced whole, or stays as it was.
@@ -55,19 +56,20 @@ def write(report: Report, folder: Path, *, sign: Callable[[bytes], bytes]) -> tu
     return files_of_record[0], files_of_record[2]
 
 
-def encode(report: Report) -> bytes:
+def encode(report: AnyReport) -> bytes:
     """The record: the report as JSON, keys sorted, indented by two, UTF-8."""
     return msgspec.json.format(msgspec.json.encode(report, order="sorted"), indent=2) + b"\n"
 
 
-def decode(data: bytes) -> Report:
-    """The report in ``data``, which must be exactly what ``encode`` writes.
+def decode(data: bytes) -> AnyReport:
+    """The report in ``data``, which must be exactly what ``encode`` writes. One without differential privacy begins by saying so.
 
     Raises:
         TrustError: not this schema, or another spelling of it.
     """
     try:
-        report = msgspec.json.decode(data, type=Report)
+        is_open = data.startswith(b'{\n  "' + KEY.encode() + b'"')
+        report: AnyReport = msgspec.json.decode(data, type=OpenReport) if is_open else msgspec.json.decode(data, type=Report)
     except (msgspec.DecodeError, RecursionError) as error:
         raise TrustError(f"not a report: {error}", hint="ask the aggregator for report.json again", code="malformed") from error
     if encode(report) != data:
@@ -80,7 +82,7 @@ def signing_input(data: bytes) -> bytes:
     return b"siloquy report\0" + hashlib.sha256(data).digest()
 
 
-def render(report: Report) -> str:
+def render(report: AnyReport) -> str:
     """The page, as one HTML document.
 
     Formal guarantees: every text of the report is escaped; there is no script, no form and no address of anything outside;
@@ -104,14 +106,15 @@ def render(report: Report) -> str:
         groups=_groups,
     )
     style = environment.get_template("report.css.j2").render()
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        record_digest=hashlib.sha256(encode(report)).hexdigest(),
-        pictures=_pictures(report),
-        severities=_SEVERITIES,
-    )
+    common = {
+        "report": report,
+        "style": style,
+        "style_hash": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        "record_digest": hashlib.sha256(encode(report)).hexdigest(),
+    }
+    if isinstance(report, OpenReport):
+        return environment.get_template("report-open.html.j2").render(common)
+    return environment.get_template("report.html.j2").render(common, pictures=_pictures(report), severities=_SEVERITIES)
 
 
 _SEVERITIES = {

@@ -192,7 +192,8 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
     """Every parameter of the mechanism and of the training around it, from the contract and its integer plan."""
     plan, p, training = federation.ring_plan(terms), terms.privacy, terms.training
     say = _LOCAL if is_local(terms) else _JOINT
-    effective, layers = federation.mechanism(terms).effective_noise_multiplier, counted(len(terms.adapter.modules), "layer")
+    effective = federation.mechanism(terms).effective_noise_multiplier if terms.is_private else 0.0
+    layers = counted(len(terms.adapter.modules), "layer")
     rows: list[tuple[str, str, int | float | str, str]] = [
         (
             "sampling",
@@ -227,7 +228,16 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
         ("basis", "", terms.adapter.basis, _BASES[terms.adapter.basis]),
         ("longest text", "", terms.task.max_length, "tokens; a public constant"),
     ]
+    if not terms.is_private:
+        rows = [row for row in rows if row[0] not in _OF_NOISE]
+        rows.insert(0, ("noise", "", "none", "NO DIFFERENTIAL PRIVACY: nothing is added to a sum"))
     return tuple(Parameter(name=name, symbol=symbol, value=value, meaning=meaning) for name, symbol, value, meaning in rows)
+
+
+_OF_NOISE = {
+    "noise", "noise multiplier", "effective noise multiplier", "noise of one silo", "noise shares counted on", "noise head-room",
+    "failure probability",
+}  # fmt: skip
 
 
 _BASES = {
@@ -274,6 +284,17 @@ def composition(terms: Contract, *, simulated: bool = False) -> tuple[str, ...]:
         "chosen after results were seen, need the ledger’s stricter count.",
     )
     return (*lines, f"Not counted: {HEADS[0].lower()}{HEADS[1:]}") if simulated else lines
+
+
+def of_versions(count: int) -> tuple[str, ...]:
+    """What several versions of the contract do to the figures."""
+    if count == 1:
+        return ()
+    return (
+        f"{counted(count, 'version')} of the contract were in effect one after the other. Each round is charged with the terms of "
+        "its own version. Since later terms may have been chosen after earlier results were seen, rounds of several versions are "
+        "composed by a filter whose order was fixed by the first version’s limit; it gives a little more than one plan would.",
+    )
 
 
 def what_left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:

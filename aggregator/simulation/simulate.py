@@ -16,64 +16,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from aggregator import commands, defaults
+from aggregator import commands
 from aggregator.coordinator import Closed
 from aggregator.desk import Event
-from aggregator.draft import Terms
-from aggregator.reporting.compliance import Report
+from aggregator.reporting.no_guarantee import AnyReport
 from aggregator.simulation.dealing import Dealt, deal, default_delta
-from aggregator.simulation.drops import Drops, check_drops, first_epoch
+from aggregator.simulation.drops import Drops, first_epoch
 from aggregator.simulation.processes import Children, children
+from aggregator.simulation.settings import Settings, check, silo_names, terms_of
 from privacy.dp import accounting
-from privacy.errors import ConfigError, MachineError, TrustError
-from privacy.federation import Model, mechanism
+from privacy.errors import MachineError, TrustError
+from privacy.federation import Contract, mechanism
 
 _START_S = 60.0
 _END_S = 120.0
 _SILO_LIMIT = 1.25
-_SHORT_S = 30
-"""The deadline where silos are to be away on purpose: everybody waits for them that long."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to simulate.
-
-    ``data`` None takes the built-in pairs, ``held_out`` None a fifth of the units of ``data``. ``delta`` None takes 1/(10·units)
-    rounded down, at most 1e-5. ``max_records_per_unit`` None keeps one record of a unit that is a record, eight of one that a
-    column names.
-    """
-
-    home: Path
-    data: Path | None = None
-    held_out: Path | None = None
-    silo_column: str | None = None
-    silos: int = 3
-    unit: str | None = None
-    max_records_per_unit: int | None = None
-    model: str = "minilm"
-    mode: str = "joint"
-    rounds: int = defaults.ROUNDS["joint"]
-    steps_per_round: int = 1
-    epsilon: float = defaults.EPSILON
-    delta: float | None = None
-    sampling_rate: float = defaults.SAMPLING_RATE
-    rank: int = defaults.RANK
-    scale: float = defaults.SCALE
-    learning_rate: float = defaults.LEARNING_RATE
-    max_grad_norm: float = defaults.MAX_GRAD_NORM
-    max_length: int = 48
-    basis: str = defaults.BASIS
-    targets: tuple[str, ...] = (defaults.TARGETS,)
-    last_layers: int | None = defaults.LAST_LAYERS
-    protocol: str = "consent"
-    dropouts: int = 0
-    drops: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Progress: what is going on, or a settled round with its cost so far. ``epsilon`` is certified, against the insiders."""
+    """Progress: what is going on, or a settled round with its cost so far. ``epsilon`` is certified, against the insiders; None
+    where there is no differential privacy.
+    """
 
     text: str
     round: int = 0
@@ -81,7 +45,7 @@ class Step:
     arrived: int = 0
     expected: int = 0
     seconds: float = 0.0
-    epsilon: float = 0.0
+    epsilon: float | None = 0.0
     limit: float = 0.0
     settled: bool = False
 
@@ -92,14 +56,14 @@ class Result:
 
     Both epsilons are against the aggregator with the colluding silos, in local mode against everyone. ``epsilon_per_silo`` is
     what each silo's own ledger certifies, the smaller of two accountants; ``epsilon`` is the largest PLD figure among them, and so
-    at least as large.
+    at least as large. Without differential privacy all of them and ``delta`` are None.
     """
 
     silos: int
     rounds: int
-    epsilon: float
-    delta: float
-    epsilon_per_silo: dict[str, float]
+    epsilon: float | None
+    delta: float | None
+    epsilon_per_silo: dict[str, float | None]
     accuracy_before: float
     accuracy_head: float
     accuracy_after: float
@@ -131,7 +95,7 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
         SiloquyError: what any of the processes reported.
     """
     started = time.monotonic()
-    _check(settings)
+    check(settings)
     built_in = "collecting docstrings of the installed libraries: does this sentence describe this function?"
     progress(Step(text=built_in if settings.data is None else f"reading {settings.data.name}"))
     dealt = deal(
@@ -164,32 +128,6 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
     return _result(settings, dealt, closed, stated, measured, time.monotonic() - started)
 
 
-def _check(settings: Settings) -> None:
-    if settings.mode not in defaults.ROUNDS:
-        raise ConfigError(
-            f"mode {settings.mode!r} is not known", hint="use --mode joint or --mode local", code="mode", mode=settings.mode
-        )
-    if settings.mode == "joint" and settings.steps_per_round != 1:
-        raise ConfigError(
-            f"a round in joint mode is one step, {settings.steps_per_round} were asked for",
-            hint="leave --steps-per-round out, or use --mode local",
-            code="mode",
-        )
-    check_drops(settings.drops, rounds=settings.rounds, names=_names(settings.silos), dropouts=settings.dropouts)
-    if settings.home.exists() and any(settings.home.iterdir()):
-        raise ConfigError(
-            f"{settings.home} is not empty",
-            hint="name a new folder with --home: a simulation is not continued, and never overwrites ledgers",
-            code="home-exists",
-        )
-    if settings.unit in (None, "record") and (settings.max_records_per_unit or 1) > 1 and settings.data is not None:
-        raise ConfigError(
-            f"at most {settings.max_records_per_unit} records of a unit, each record is a unit of its own",
-            hint="name the column of the privacy unit with --unit",
-            code="no-unit",
-        )
-
-
 def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, running: Children) -> None:
     """Everything before the first round: contract, service, silos, countersignatures."""
     home = aggregator.parent
@@ -206,43 +144,14 @@ def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, run
         _init_silo(settings, running, home / name, url, str(made["fingerprint"]), delta)
         commands.add_member(aggregator, home / name / "identity.pub")
     commands.sign(aggregator)
-    _join(home, _silo_names(dealt), running)
+    _join(home, _silo_names(dealt), running, ["--without-differential-privacy"] if settings.without_privacy else [])
 
 
-def terms_of(settings: Settings, dealt: Dealt, delta: float, *, model: Model, modules: Sequence[str]) -> Terms:
-    """What the draft of the simulation's contract starts from."""
-    return Terms(
-        name="simulation",
-        expires=commands.in_a_year(),
-        labels=dealt.labels,
-        model=model,
-        modules=modules,
-        units=dealt.units,
-        rounds=settings.rounds,
-        mode=settings.mode,
-        steps_per_round=settings.steps_per_round,
-        text_pair=dealt.text_pair,
-        max_length=settings.max_length,
-        rank=settings.rank,
-        basis=settings.basis,
-        scale=settings.scale,
-        learning_rate=settings.learning_rate,
-        unit=dealt.unit,
-        max_records_per_unit=dealt.max_records_per_unit,
-        sampling_rate=settings.sampling_rate,
-        max_grad_norm=settings.max_grad_norm,
-        epsilon=settings.epsilon,
-        delta=delta,
-        protocol=settings.protocol,
-        dropouts=settings.dropouts,
-        deadline_s=_SHORT_S if settings.drops else Terms.deadline_s,
-    )
-
-
-def _join(home: Path, names: Sequence[str], running: Children) -> None:
+def _join(home: Path, names: Sequence[str], running: Children, words: Sequence[str]) -> None:
     """Every silo reads the contract and countersigns, side by side: each is a process of its own."""
     with ThreadPoolExecutor() as pool:
-        joins = [pool.submit(running.answer, f"join-{name}", "silo", ["join", "--home", home / name, "--yes"]) for name in names]
+        said = ["--yes", *words]
+        joins = [pool.submit(running.answer, f"join-{name}", "silo", ["join", "--home", home / name, *said]) for name in names]
         for join in joins:
             join.result()
 
@@ -287,7 +196,7 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
 
     with commands.running(aggregator, progress=told, sleep=sleep) as coordinator, commands.opened(aggregator) as at:
         terms = at.accepted.terms
-        curve = accounting.Curve(mechanism(terms), terms.privacy.delta)
+        curve = _curve(terms)
         curve(terms.training.steps_per_round)  # the first figure loads the accountants: now, while the silos start
         coordinator.ensure_countersigned()
         first_epoch(coordinator)
@@ -307,6 +216,11 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
                 )
             )
             yield closed
+
+
+def _curve(terms: Contract) -> Callable[[int], float | None]:
+    """Certified epsilon after so many private steps; None without differential privacy."""
+    return accounting.Curve(mechanism(terms), terms.privacy.delta) if terms.is_private else lambda steps: None
 
 
 def _evaluate(home: Path, names: Sequence[str], running: Children) -> dict[str, object]:
@@ -340,9 +254,11 @@ def _result(
     return Result(
         silos=len(dealt.shares),
         rounds=len(closed),
-        epsilon=max(_by_pld(each) for each in stated.values()),
+        epsilon=None if settings.without_privacy else max(_by_pld(each) for each in stated.values()),
         delta=facts.guarantee.delta,
-        epsilon_per_silo={name: float(str(each["epsilon"])) for name, each in stated.items()},
+        epsilon_per_silo={
+            name: None if each["epsilon"] is None else float(str(each["epsilon"])) for name, each in stated.items()
+        },
         accuracy_before=accuracies["accuracy_before"],
         accuracy_head=accuracies["accuracy_head"],
         accuracy_after=accuracies["accuracy_after"],
@@ -367,17 +283,13 @@ def _by_pld(stated: Mapping[str, object]) -> float:
     return float(str(stated["epsilon"] if found is None else found))
 
 
-def _seconds_per_round(facts: Report) -> float:
+def _seconds_per_round(facts: AnyReport) -> float:
     spans = [each.closed_at - each.opened_at for each in facts.rounds]
     return round(sum(spans) / len(spans), 1)
 
 
 def _silo_names(dealt: Dealt) -> list[str]:
-    return _names(len(dealt.shares))
-
-
-def _names(silos: int) -> list[str]:
-    return [f"silo-{number}" for number in range(1, silos + 1)]
+    return silo_names(len(dealt.shares))
 
 
 def _write_rows(path: Path, records: Sequence[Mapping[str, object]]) -> None:

@@ -2,9 +2,8 @@
 """Verification of what was spent: epsilon after each round against all three adversaries, computed again, and a report's figures.
 
 A silo is charged for every round in which its upload is recorded, whatever became of the round. The figures are those of the silo
-that is charged most. Rounds under more than one contract version compose by the RDP filter, as in a silo's own ledger: the later
-terms may have been chosen after the first results were seen. Its order follows from the first version's limits alone. Not here: a
-silo's own ledger, which may stand higher (it charges every attempt); silo.verify asks that.
+that is charged most. Rounds under more than one contract version compose as privacy.spending says. Not here: a silo's own ledger,
+which may stand higher (it charges every attempt); silo.verify asks that.
 """
 
 from __future__ import annotations
@@ -12,38 +11,36 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
-from privacy import federation, update_rule
+from privacy import update_rule
 from privacy.audit.check_epoch import refused
 from privacy.audit.check_round import RoundFacts
 from privacy.audit.findings import Findings, Slot
-from privacy.dp import accounting
-from privacy.dp.budget import Limits
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp import unprotected
 from privacy.errors import TrustError
 from privacy.federation import Accepted
 from privacy.identity import keys
+from privacy.secure_sum import blocks
+from privacy.spending import ADVERSARIES, Spending, load_of
 
-Adversary = Literal["outside", "insiders", "sum_broken"]
-ADVERSARIES: tuple[Adversary, ...] = ("outside", "insiders", "sum_broken")
+SCHEMA = "siloquy-report/2"
 CLOSE = 1e-6
 """How far two figures may lie apart, relatively: other versions of the accountant's libraries round otherwise."""
 
 
 class Spent(msgspec.Struct, frozen=True, kw_only=True):
-    """Epsilon, at the contract's delta, that the silo charged most has spent after a round."""
+    """Epsilon, at the contract's delta, that the silo charged most has spent after a round; None without differential privacy."""
 
     round: int
     rounds_charged: int
-    delta: float
-    outside: float
-    insiders: float
-    sum_broken: float
+    delta: float | None
+    outside: float | None
+    insiders: float | None
+    sum_broken: float | None
 
 
 def spent(rounds: Sequence[RoundFacts]) -> list[Spent]:
@@ -52,39 +49,23 @@ def spent(rounds: Sequence[RoundFacts]) -> list[Spent]:
     Raises:
         NotCertified: the accountants give no agreed, finite figure.
     """
-    charged: dict[int, Counter[bytes]] = {}
-    by_digest: dict[bytes, Accepted] = {}
+    charged: dict[int, list[int]] = {}
+    versions: dict[int, Accepted] = {}
     done: list[Spent] = []
     for each in rounds:
         if each.accepted is None:
             break
-        by_digest[each.accepted.digest] = each.accepted
+        number = each.accepted.terms.version
+        versions[number] = each.accepted
         for silo in each.charged:
-            charged.setdefault(silo, Counter())[each.accepted.digest] += 1
+            charged.setdefault(silo, []).append(number)
         delta = each.accepted.terms.privacy.delta
-        loads = {tuple(sorted(count.items())) for count in charged.values()}
-        figures = {name: max((_certified(load, by_digest, name, delta) for load in loads), default=0.0) for name in ADVERSARIES}
-        most = max((sum(count.values()) for count in charged.values()), default=0)
-        done.append(Spent(round=each.number, rounds_charged=most, delta=delta, **figures))
+        spending = Spending(versions=versions, first=next(iter(versions)))
+        loads = [load_of(listed) for listed in charged.values()]
+        figures = {name: unprotected.figure(spending.epsilon(loads, name, delta)) for name in ADVERSARIES}
+        most = max((len(listed) for listed in charged.values()), default=0)
+        done.append(Spent(round=each.number, rounds_charged=most, delta=delta or None, **figures))
     return done
-
-
-def _certified(load: tuple[tuple[bytes, int], ...], by_digest: Mapping[bytes, Accepted], name: Adversary, delta: float) -> float:
-    plan = next(iter(by_digest.values())).terms.privacy
-    order = Limits(epsilon=plan.epsilon, delta=plan.delta).filter_order if len(load) > 1 else None
-    return _epsilon(tuple(_event(by_digest[digest], name, rounds) for digest, rounds in load), delta, order)
-
-
-@functools.lru_cache(maxsize=4096)
-def _epsilon(events: tuple[LatticeGaussian, ...], delta: float, order: int | None) -> float:
-    if order is None:
-        return accounting.certify(list(events), delta).epsilon
-    return accounting.certify_adaptive(list(events), delta, order=order).epsilon
-
-
-def _event(accepted: Accepted, name: Adversary, rounds: int) -> LatticeGaussian:
-    shares = federation.adversaries(accepted.terms)[name].shares
-    return federation.mechanism(accepted.terms, shares=shares, rounds=rounds)
 
 
 def compare_report(
@@ -95,8 +76,14 @@ def compare_report(
     accepted: Accepted,
     figures: Sequence[Spent],
     rounds: Sequence[RoundFacts],
+    again: Callable[[Findings, Slot, bytes], None] | None = None,
 ) -> None:
-    """Hold a report's record (``report.json``) and its signature to what was recomputed."""
+    """Hold a report's record (``report.json``) and its signature to what was recomputed.
+
+    Args:
+        accepted: the version in force.
+        again: makes the whole report again and names each place that differs; asked of a record of ``SCHEMA``.
+    """
     slot = Slot("report", accepted.terms.version, 0)
     if signature is None:
         found.add(slot, "signature", "note", "no signature lies beside the report")
@@ -109,11 +96,19 @@ def compare_report(
     states = [update_rule.initial(accepted.terms).digest.hex(), *(each.state for each in ended)]
     pairs: list[tuple[str, object, object]] = [
         ("contract", _at(stated, "federation", "contract_digest"), accepted.digest.hex()),
-        ("delta", _at(stated, "guarantee", "delta"), accepted.terms.privacy.delta),
+        ("delta", _or_none(_at(stated, "guarantee", "delta")), _or_none(accepted.terms.privacy.delta or None)),
         ("rounds", len(listed) if isinstance(listed, list) else None, len(ended)),
         ("state", _at(stated, "federation", "state_digest"), states[-1] or None),
     ]
     found.expect(slot, "contents", pairs)
+    if not accepted.terms.is_private:
+        found.hold(slot, "no differential privacy", _check_says_none, stated)
+        sets = [each.stood for each in ended if each.stood]
+        rank = _at(stated, "participation", "rank")
+        found.expect(slot, "contents", [("rank of participation", rank, blocks.rank(sets))])
+        if again is not None:
+            found.add(slot, "every figure", "note", "none without differential privacy; rounds, state and sets are compared")
+        return
     last = figures[-1] if figures else None
     for name in ADVERSARIES:
         said = _at(_rows(stated), name, "spent", "epsilon")
@@ -123,6 +118,10 @@ def compare_report(
     for each in said:  # the same figure, where else it stands
         wanted = 0.0 if last is None else last.insiders
         found.hold(slot, "epsilon insiders", functools.partial(_check_figure, each, "insiders", wanted))
+    if again is not None and _at(stated, "schema") == SCHEMA:
+        again(found, slot, report)
+    else:
+        found.add(slot, "every figure", "note", f"of a record of {SCHEMA} everything is compared, here only the figures above")
 
 
 def _check_signature(report: bytes, signature: bytes, accepted: Accepted) -> None:
@@ -141,10 +140,29 @@ def _parsed(report: bytes) -> dict[str, Any]:
         raise TrustError(f"not a report: {error}", hint="ask for report.json as it was written", code="malformed") from error
 
 
-def _check_figure(said: object, name: str, wanted: float) -> None:
+def _check_figure(said: object, name: str, wanted: float | None) -> None:
     is_number = type(said) is float or (type(said) is int and abs(said) < 2**53)
-    if not is_number or not math.isclose(said, wanted, rel_tol=CLOSE, abs_tol=CLOSE):  # type: ignore[arg-type]
+    if wanted is None or not is_number or not math.isclose(said, wanted, rel_tol=CLOSE, abs_tol=CLOSE):  # type: ignore[arg-type]
         raise refused(f"it says epsilon {str(said)[:40]} against {name}, computed again it is {wanted}")
+
+
+def _or_none(delta: object) -> object:
+    """A delta as it is compared: what is None would stay open."""
+    return "none" if delta is None else delta
+
+
+def _check_says_none(stated: dict[str, Any]) -> None:
+    """Return if the report says first that there is no differential privacy, and null with the reason in place of an epsilon."""
+    places = [_at(stated, "accounting", "spent"), _at(stated, "accounting", "plan")]
+    places += [_at(_rows(stated), name, when) for name in ADVERSARIES for when in ("spent", "plan")]
+    listed = _at(stated, "silos")
+    places += [_at(row, "spent") for row in listed] if isinstance(listed, list) else [None]
+    for place in places:
+        kept = [place.get(name, 0) for name in ("epsilon", "epsilon_pld", "epsilon_rdp")] if isinstance(place, dict) else []
+        if kept != [None, None, None] or _at(place, "reason") != unprotected.IN_WORDS:
+            raise refused(f"it has a figure where there is none: {str(place)[:80]}")
+    if next(iter(stated), "") != "NO_DIFFERENTIAL_PRIVACY" or not stated["NO_DIFFERENTIAL_PRIVACY"]:
+        raise refused("it does not begin by saying that there is no differential privacy")
 
 
 def _rows(stated: dict[str, Any]) -> dict[str, object]:

@@ -39,7 +39,9 @@ def aggregator_of(terms: Contract) -> keys.PublicIdentity:
 
 
 def contracts(found: Findings, pinned: Sequence[str]) -> dict[bytes, Accepted]:
-    """Every contract version by digest, ascending, each signed, countersigned by all its members, and naming the one before.
+    """Every contract version by digest, ascending, each signed and naming the one before; those in effect countersigned by all.
+
+    A version that a later one passes over must not have been in effect: not all its members signed it, and no epoch is under it.
 
     Args:
         pinned: the aggregator's fingerprint or the digest of a version, as a person compared it; one of them must be right.
@@ -55,13 +57,31 @@ def contracts(found: Findings, pinned: Sequence[str]) -> dict[bytes, Accepted]:
             lineage = None
             continue
         found.expect(slot, "contents", [("version", accepted.terms.version, version)])
-        before = None if lineage is None else lineage.newest
         extended = Lineage.begin if version == 1 else None if lineage is None else lineage.extended
         lineage = found.test(slot, "chain", _extended, extended, accepted)
         versions[accepted.digest] = accepted
-        _agreed(found, before, accepted, must=accepted.digest in in_use or version < found.source.latest("contract"))
+    newest = list(versions.values())[-1:]
+    standing = {each.digest for last in newest for each in (last, *chain.ancestors(last, versions.values()))}
+    for accepted in versions.values():
+        before = chain.ancestors(accepted, versions.values())[-1:]
+        is_last, passed_over = accepted in newest, accepted.digest not in standing
+        _agreed(
+            found, before[0] if before else None, accepted, passed_over=passed_over,
+            must=accepted.digest in in_use or not (is_last or passed_over),
+        )  # fmt: skip
     _pin(found, list(versions.values()), pinned)
     return versions
+
+
+def in_force(found: Findings, versions: Mapping[bytes, Accepted], opened: Accepted | None) -> Accepted:
+    """The version that a report of this moment is on: of the round that is open, else the newest in effect that all signed."""
+    if opened is not None:
+        return opened
+    every = list(versions.values())
+    for each in (every[-1], *reversed(chain.ancestors(every[-1], every))):
+        if all(found.source.has("countersignature", each.terms.version, member.id) for member in each.terms.member):
+            return each
+    return every[0]
 
 
 def epochs(found: Findings, versions: Mapping[bytes, Accepted], used: frozenset[int]) -> dict[int, EpochFacts]:
@@ -118,15 +138,19 @@ def _in_use(found: Findings) -> frozenset[bytes]:
     return frozenset(contexts)
 
 
-def _agreed(found: Findings, before: Accepted | None, accepted: Accepted, *, must: bool) -> None:
-    """Every member signed this version, and enough of those of the one before are among them."""
+def _agreed(found: Findings, before: Accepted | None, accepted: Accepted, *, must: bool, passed_over: bool) -> None:
+    """Every member signed this version, and enough of those of the one before are among them; of one passed over, not every one."""
     version, signed = accepted.terms.version, {}
     for member in accepted.terms.member:
         slot = Slot("countersignature", version, member.id)
         raw = found.read(slot, required="every member signs the contract before an epoch" if must else "")
         if raw is not None and found.hold(slot, "signature", _countersigned, raw, accepted, member, [before]):
             signed[member.id] = raw
-    if len(signed) == accepted.terms.silos:
+    if passed_over:
+        if must or len(signed) == accepted.terms.silos:
+            why = "an epoch was called under it" if must else "all its members signed it"
+            found.add(Slot("contract", version, AGGREGATOR), "agreed", "failed", f"a later version passes it over, and {why}")
+    elif len(signed) == accepted.terms.silos:
         found.hold(Slot("contract", version, AGGREGATOR), "agreed", lambda: chain.check_agreed(before, accepted, signed))
     elif must:
         found.add(Slot("contract", version, AGGREGATOR), "agreed", "open", RESTS)

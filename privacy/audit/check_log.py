@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from privacy.audit.check_epoch import refused
+from privacy.audit.check_notices import check_notices
 from privacy.audit.check_round import RoundFacts
 from privacy.audit.evidence import Entry
 from privacy.audit.findings import Findings, Slot, shown
+from privacy.chain import ancestors
 from privacy.errors import TrustError
 from privacy.federation import Accepted, Contract
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
@@ -46,24 +48,43 @@ def check_log(
     *,
     fetch: Fetch,
     entries: Iterable[Entry] = (),
+    report: bytes | None = None,
+    known: Checkpoint | None = None,
 ) -> None:
-    """Verify the log that ``fetch`` reads against the documents.
+    """Verify the log that ``fetch`` reads against the documents; and what the aggregator says there beside the rounds.
 
     Args:
         entries: the index of a table, whose leaf numbers are compared; documents of the source that it does not have are not asked.
+        report: the record of a report that must be in the log.
+        known: a head that somebody holds already: the log must go on from it.
     """
-    terms = [accepted.terms for accepted in versions.values()]
+    check_notices(found, versions, _check_tree(found, versions, rounds, fetch, entries, known), report=report)
+
+
+def _check_tree(
+    found: Findings,
+    versions: Mapping[bytes, Accepted],
+    rounds: Sequence[RoundFacts],
+    fetch: Fetch,
+    entries: Iterable[Entry],
+    known: Checkpoint | None,
+) -> Mapping[Slot, int] | None:
+    """The log's leaves by slot; None when they cannot be told."""
+    every = list(versions.values())  # of which no key of one that was passed over counts
+    terms = [each.terms for last in every[-1:] for each in (*ancestors(last, every), last)]
     slot = Slot("log", 0, AGGREGATOR)
     raw = fetch("checkpoint")
     if raw is None or not terms:
         found.add(slot, "head", "open" if rounds else "note", "there is no log here")
-        return
+        return None
     head = found.test(slot, "head", lambda: _newest(raw, terms))
     if head is None:
-        return
+        return None
     tiles = Tiles(head.size, fetch)
     if not found.hold(slot, "tiles", tiles.check, head.root):
-        return
+        return None
+    if known is not None:
+        found.hold(slot, "own head", _check_beginning, tiles, known)
     under = {each.number: each.accepted.terms for each in rounds if each.accepted is not None}
     for number in range(1, found.source.latest("checkpoint") + 1):
         mine = under.get(number, terms[-1])  # a head of no round yet may be of the version that comes, or of the one in force
@@ -71,6 +92,7 @@ def check_log(
         _check_head(found, tiles, number, mine, terms, former)
     seen = _check_leaves(found, tiles, entries)
     _check_logged(found, [each for each in rounds if each.number < found.source.latest("checkpoint")], seen)
+    return seen
 
 
 def _newest(raw: bytes, terms: Sequence[Contract]) -> Checkpoint:
@@ -159,7 +181,8 @@ def _check_leaves(found: Findings, tiles: Tiles, entries: Iterable[Entry]) -> Ma
 def _check_logged(found: Findings, rounds: Sequence[RoundFacts], seen: Mapping[Slot, int]) -> None:
     """What a round that a head covers rests on is in the log; of other parties' documents some may have come after that head."""
     for each in rounds:
-        wanted = [Slot(kind, each.number, AGGREGATOR) for kind in ("manifest", "freeze", "certificate", "outcome")]
+        kinds = ("manifest", "freeze", "certificate", "claim", "audit", "outcome")
+        wanted = [Slot(kind, each.number, AGGREGATOR) for kind in kinds]
         for slot in (*wanted, *(Slot("upload", each.number, silo) for silo in each.stood)):
             if slot not in seen and found.source.has(*slot):
                 found.add(slot, "leaf", "failed", "it is not in the log, whose heads cover its round")

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from privacy import envelope, update_rule
+from privacy.audit import check_slices
 from privacy.audit.check_epoch import EpochFacts, own, refused
 from privacy.audit.check_set import Opened, ended_without_sum, set_of, uploads_of
 from privacy.audit.evidence import Remnant
@@ -35,6 +36,7 @@ from privacy.messages import (
     decode,
 )
 from privacy.secure_sum import guardian_sum, shares
+from privacy.secure_sum.audits import UNAUDITED
 from privacy.secure_sum.guardian_sum import Frozen, Words
 from privacy.update_rule import State
 
@@ -196,17 +198,28 @@ def _verify_sum(found: Findings, opened: Opened, outcome: Outcome, frozen: Froze
     for silo, missing, key in outcome.pair_keys:
         what = f"key of pair {silo} and {missing}"
         seeds.append(found.hold(slot, what, shares.check_pair_key, frozen, silo, missing, key))
+    if opened.at.accepted.terms.sliced:
+        return _sliced(found, opened, outcome, frozen) if all(seeds) else "unknown"
     if bare and all(seeds):
         found.add(slot, "sum", "note", "the masked vectors were deleted: the sum rests on the silos' acknowledgements")
         return "relied"
-    return "recomputed" if all(seeds) and _recompute(found, slot, outcome, frozen) else "unknown"
+    return "recomputed" if all(seeds) and _recompute(found, slot, outcome, frozen, outcome.vectors) else "unknown"
 
 
-def _recompute(found: Findings, slot: Slot, outcome: Outcome, frozen: Frozen) -> bool:
+def _sliced(found: Findings, opened: Opened, outcome: Outcome, frozen: Frozen) -> How:
+    """The same where slices were audited: the audit, and the whole sum from the published vectors where they are here."""
+    held, slot = check_slices.is_audited(found, opened, outcome, frozen), Slot("outcome", opened.number, AGGREGATOR)
+    vectors = check_slices.vectors_of(found, opened, frozen)
+    if vectors is None:
+        return "relied" if held else "unknown"
+    return "recomputed" if _recompute(found, slot, outcome, frozen, tuple(vectors.items())) and held else "unknown"
+
+
+def _recompute(found: Findings, slot: Slot, outcome: Outcome, frozen: Frozen, given: Sequence[tuple[int, bytes]]) -> bool:
     """Whether the vectors are those of the headers, and their sum is the outcome's, bit for bit."""
-    if not found.expect(slot, "vectors", [("silos", [silo for silo, _ in outcome.vectors], list(frozen.headers))]):
+    if not found.expect(slot, "vectors", [("silos", [silo for silo, _ in given], list(frozen.headers))]):
         return False
-    vectors = {silo: _words(raw) for silo, raw in outcome.vectors}
+    vectors = {silo: _words(raw) for silo, raw in given}
     for silo, header in frozen.headers.items():
         if not found.hold(slot, f"vector of silo {silo}", guardian_sum.check_vector, vectors[silo], header):
             return False
@@ -242,6 +255,8 @@ def _next_state(before: State, outcome: Outcome, opened: Opened) -> State:
                 after, reason = update_rule.advance(before, total, terms, silos=stood), ""
             except RoundError:  # not finite
                 after = before
+        if terms.sliced and outcome.reason == UNAUDITED:
+            after, reason = before, UNAUDITED
         if outcome.reason != reason:
             raise refused(f"its reason is {outcome.reason!r}, the arithmetic gives {reason!r}")
     if after.digest != outcome.next_state:

@@ -16,6 +16,7 @@ import msgspec
 from privacy.errors import MachineError, SiloquyError
 
 Status = Literal["ok", "failed", "open", "note"]
+STATUSES: tuple[Status, ...] = ("ok", "failed", "open", "note")
 T = TypeVar("T")
 
 RESTS = "rests on an object that failed or is not here"

@@ -26,7 +26,9 @@ from privacy.federation import Contract, parse
 from privacy.identity import keys
 from privacy.messages import (
     AGGREGATOR,
+    NOTE_KINDS,
     Acknowledgement,
+    Audit,
     Certificate,
     Close,
     Confirmation,
@@ -44,25 +46,31 @@ from privacy.messages import (
     PairSeeds,
     Release,
     Roster,
+    SegmentVerdict,
     Shares,
     Signed,
+    SumClaim,
     Upload,
+    Vector,
     Wire,
     decode,
 )
 from privacy.transparency import log, notes
+from privacy.transparency.notices import Refusal, ReportDigest
 
 _BY_NUMBER: dict[str, tuple[type[Wire], str]] = {
     "epoch": (EpochCall, "epoch"), "epoch-note": (EpochNote, "epoch"), "guardian-note": (GuardianNote, "epoch"),
     "roster": (Roster, "epoch"), "pair-seeds": (PairSeeds, "epoch"), "confirmation": (Confirmation, "epoch"),
     "manifest": (Manifest, "round"), "outcome": (Outcome, "round"),
+    "refusal": (Refusal, "serial"), "report": (ReportDigest, "serial"),
 }  # fmt: skip
 """Kinds that state their number, and in which field."""
 _BY_DIGEST: dict[str, tuple[type[Wire], str]] = {
     "countersignature": (Countersignature, "contract"), "list": (Listing, "round_ctx"), "freeze": (Freeze, "round_ctx"),
     "consent": (Consent, "round_ctx"), "endorsement": (Endorsement, "round_ctx"), "certificate": (Certificate, "round_ctx"),
     "release": (Release, "round_ctx"), "shares": (Shares, "round_ctx"), "close": (Close, "round_ctx"),
-    "acknowledgement": (Acknowledgement, "round_ctx"),
+    "acknowledgement": (Acknowledgement, "round_ctx"), "claim": (SumClaim, "round_ctx"), "verdict": (SegmentVerdict, "round_ctx"),
+    "audit": (Audit, "round_ctx"),
 }  # fmt: skip
 """Kinds that name the contract or manifest they belong to by digest, and in which field."""
 
@@ -127,7 +135,7 @@ def by_content(folder: Path) -> Evidence:
     entries = {slot: _chosen(folder, slot, each, known, spare) for slot, each in sorted(placed.items())}
     for name, found in damaged.items():
         slot = _slot(found, known)
-        if slot is None or slot in entries or slot.kind in log.UNLOGGED:
+        if slot is None or slot in entries or slot.kind in NOTE_KINDS:
             broken[name] = f"the file is damaged; it says now that it is a {found.kind}"
         else:
             entries[slot] = Entry(slot=slot, digest=bytes.fromhex(name))
@@ -179,6 +187,9 @@ def claim(data: bytes) -> Claim | None:
     """What a document says of its place, or None when it is none. No signature is checked."""
     with contextlib.suppress(TrustError, ConfigError):
         return _claim(decode(data, Signed))
+    with contextlib.suppress(TrustError):
+        vector = decode(data, Vector)
+        return Claim(kind="vector", party=vector.silo, number=None, rests_on=vector.round_ctx)
     with contextlib.suppress(TrustError, ConfigError):
         return _claim_of_note(data)
     return None
@@ -242,7 +253,7 @@ def _slot(found: Claim, known: _Known) -> Slot | None:
     number = found.number
     if number is None:
         number = known.versions.get(found.rests_on, known.rounds.get(found.rests_on))
-    if number is None and found.kind in log.UNLOGGED:
+    if number is None and found.kind in NOTE_KINDS:
         number = known.last + 1  # the head that no manifest names yet is the one on which the next round will be opened
     party = known.signers.get(found.signer, found.party)
     return None if number is None or party < AGGREGATOR else Slot(found.kind, number, party)

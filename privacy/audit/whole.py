@@ -29,6 +29,7 @@ an outcome that cannot be read             failed; the states of all later round
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
@@ -36,9 +37,9 @@ import msgspec
 from privacy import update_rule
 from privacy.audit import check_budget
 from privacy.audit.check_budget import Spent
-from privacy.audit.check_epoch import EpochFacts, contracts, epochs
+from privacy.audit.check_epoch import EpochFacts, contracts, epochs, in_force
 from privacy.audit.check_round import Place, RoundFacts, walk_round
-from privacy.audit.findings import Check, Findings, Slot, Source
+from privacy.audit.findings import STATUSES, Check, Findings, Slot, Source
 from privacy.errors import SiloquyError
 from privacy.federation import Accepted
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
@@ -66,8 +67,14 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def holds(self) -> bool:
-        """Whether nothing failed."""
+        """Whether nothing failed. With ``open`` empty too, everything that was asked was answered yes."""
         return not self.failed
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many checks there are of each status."""
+        found = Counter(check.status for check in self.checks)
+        return {status: found[status] for status in STATUSES}
 
     def sentence(self) -> str:
         """The verdict in words, with which of the two it did."""
@@ -87,6 +94,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Step = Callable[[Findings, Mapping[bytes, Accepted], Sequence[RoundFacts]], None]
+Again = Callable[[Findings, Slot, bytes, Accepted, Sequence[Accepted], Sequence[RoundFacts]], None]
+"""Makes a report again from the walk: its record, the version in force, all versions, the rounds."""
 
 
 def audit(
@@ -97,6 +106,8 @@ def audit(
     before: Collection[Check] = (),
     also: Step | None = None,
     report: tuple[bytes, bytes | None] | None = None,
+    again: Again | None = None,
+    at_least: int = 0,
 ) -> Verdict:
     """Walk everything that ``source`` has; see the module docstring.
 
@@ -106,6 +117,8 @@ def audit(
         before: checks that were made already, such as of the files themselves.
         also: asks more about the same source (the log, a silo's ledger), given the contract versions and the rounds.
         report: a report's record and its signature, to be compared.
+        again: makes that report again, so that everything in it is compared (aggregator.reporting.recheck).
+        at_least: so many rounds must have ended: who knows that they did notices a home that was cut.
 
     Raises:
         MachineError: this machine's floating point is not IEEE 754, or something cannot be read.
@@ -120,10 +133,13 @@ def audit(
     last = source.latest("manifest")
     facts = epochs(found, versions, _epochs_of(source, last))
     walked, state = _walk(found, facts, versions, last, rounds)
+    _check_at_least(found, at_least, walked)
     figures = check_budget.spent(walked)
     if report is not None and versions:
-        newest = list(versions.values())[-1]
-        check_budget.compare_report(found, *report, accepted=newest, figures=figures, rounds=walked)
+        if rounds is None:
+            _compare(found, report, versions, walked, figures, again)
+        else:
+            found.add(Slot("report", 0, AGGREGATOR), "contents", "open", "it is on all rounds: verify without --round")
     if also is not None:
         also(found, versions, walked)
     if rounds is None:
@@ -137,6 +153,31 @@ def audit(
         state=state,
         spent=tuple(figures),
     )
+
+
+def _compare(
+    found: Findings, report: tuple[bytes, bytes | None], versions: Mapping[bytes, Accepted], walked: Sequence[RoundFacts],
+    figures: Sequence[Spent], again: Again | None,
+) -> None:  # fmt: skip
+    opened = next((each.accepted for each in walked[-1:] if each.how == "open"), None)
+    accepted = in_force(found, versions, opened)
+
+    def made(found: Findings, slot: Slot, record: bytes) -> None:
+        if again is not None:
+            again(found, slot, record, accepted, list(versions.values()), walked)
+
+    check_budget.compare_report(
+        found, *report, accepted=accepted, figures=figures, rounds=walked, again=None if again is None else made
+    )
+
+
+def _check_at_least(found: Findings, at_least: int, rounds: Sequence[RoundFacts]) -> None:
+    ended = max((each.number for each in rounds if each.how != "open"), default=0)
+    slot = Slot("outcome", at_least, AGGREGATOR)
+    if at_least > ended:
+        found.add(slot, "rounds at least", "failed", f"the last round that ended here is {ended}: what came after it is missing")
+    elif at_least:
+        found.add(slot, "rounds at least", "ok")
 
 
 def _name_unasked(found: Findings, before: Collection[Check]) -> None:

@@ -19,36 +19,23 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.dp import pld
 from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import NotCertified, PrivacyRefusal
 
-if TYPE_CHECKING:
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
-
 Floats = NDArray[np.float64]
-Steps = dict[tuple[float, float], int]
 
 INTEGER_ORDERS = tuple(range(2, 257))
 FRACTIONAL_ORDERS = tuple(tenths / 10 for tenths in range(21, 110) if tenths % 10)
 """Between 2 and 11, where one step in the order moves epsilon; each is held between its integer neighbours."""
 
-DISCRETIZATIONS = (1e-3, 1e-4, 1e-5, 1e-6)
-"""Grids of privacy losses: 1e-4 (1e-3 for very wide tables), finer only while the figure exceeds RDP, twice at most."""
-
-LOSS_CEILING = 200.0
-"""Above this expected privacy loss (RDP of order 1) no PLD is computed: absurd parameters took 20 GB, and protect nobody."""
-
-_WIDE_TABLE, _MAX_TABLE = 2**20, 2**23  # entries
 _AGREEMENT = 1e-9
 # dp_accounting's log-gamma loses about this much of log A at order 256; it matters only where log A itself is near zero.
 _LOG_GAMMA_FLOOR = 1e-11
-_FFT_ALLOWANCE = 1e-14  # what FFT rounding can hide per composed step, taken off delta before the PLD is asked
-_TAIL_DEVIATIONS = 10.0  # beyond them dp_accounting folds the tail, exp(-50), into infinity
 _TICKS, _MAX_TICKS = 10_000, 10_000 * 10_000  # calibration moves in steps of 1e-4
 
 
@@ -102,8 +89,8 @@ def certify_adaptive(events: Sequence[LatticeGaussian], delta: float, *, order: 
     fixed = _certify(_merged(events), _proper(delta))
     if not events:
         return fixed
-    zeta = _slack(events)
-    composed = sum(count * _agreed_curve(*key)[order - 2] for key, count in _steps(events).items())
+    zeta = pld.slack(events)
+    composed = sum(count * _agreed_curve(*key)[order - 2] for key, count in pld.steps_of(events).items())
     epsilon = float(composed) + conversion(order, delta * math.exp(-zeta)) + 2 * zeta
     if not epsilon < math.inf:
         raise _not_finite(math.inf, epsilon)
@@ -116,8 +103,8 @@ def epsilon_rdp(events: Sequence[LatticeGaussian], delta: float) -> float:
     Raises:
         NotCertified: the implementations disagree, or the result is not finite.
     """
-    zeta = _slack(events)
-    curve = np.sum([count * _agreed_curve(*key) for key, count in _steps(events).items()], axis=0)
+    zeta = pld.slack(events)
+    curve = np.sum([count * _agreed_curve(*key) for key, count in pld.steps_of(events).items()], axis=0)
     best = _best_epsilon(curve, _proper(delta) * math.exp(-zeta)) + 2 * zeta if events else 0.0
     if not best < math.inf:
         raise _not_finite(math.inf, best)
@@ -267,7 +254,7 @@ def _certify(events: tuple[LatticeGaussian, ...], delta: float) -> Certificate:
     if not events:
         return Certificate(epsilon=0.0, epsilon_pld=0.0, epsilon_rdp=0.0, delta=delta, discretization=0.0, orders_checked=0)
     by_rdp = epsilon_rdp(events, delta)
-    by_pld, grid = _refined_pld(events, delta, by_rdp)
+    by_pld, grid = pld.refined(events, delta, by_rdp)
     epsilon = min(by_rdp, by_pld)
     if not epsilon < math.inf:
         raise _not_finite(by_pld, by_rdp)
@@ -275,56 +262,6 @@ def _certify(events: tuple[LatticeGaussian, ...], delta: float) -> Certificate:
         epsilon=epsilon, epsilon_pld=by_pld, epsilon_rdp=by_rdp, delta=delta, discretization=grid,
         orders_checked=len(INTEGER_ORDERS),
     )
-
-
-def _refined_pld(events: tuple[LatticeGaussian, ...], delta: float, by_rdp: float) -> tuple[float, float]:
-    """(epsilon, grid) on the first grid that does not exceed RDP, else on the last that fits; (inf, 0) where none does."""
-    best, used = math.inf, 0.0
-    mean, width = _expected_loss(events)
-    if not mean <= LOSS_CEILING:
-        return best, used
-    first = 1 if width <= _WIDE_TABLE * DISCRETIZATIONS[1] else 0
-    for grid in DISCRETIZATIONS[first : first + 3]:
-        if not width <= _MAX_TABLE * grid or best <= by_rdp:
-            break
-        best, used = _composed_pld(events, delta, grid), grid
-    return best, used
-
-
-def _composed_pld(events: tuple[LatticeGaussian, ...], delta: float, grid: float) -> float:
-    steps = _steps(events)
-    zeta = _slack(events)
-    at = delta * math.exp(-zeta) - _FFT_ALLOWANCE * sum(steps.values())
-    if not at > 0:
-        return math.inf
-    parts = [_one_step_pld(*key, grid).self_compose(count) for key, count in steps.items()]
-    composed = functools.reduce(lambda left, right: left.compose(right), parts)
-    epsilon = float(composed.get_epsilon_for_delta(at)) + 2 * zeta
-    return epsilon if epsilon >= 0 else math.inf  # NaN included
-
-
-@functools.lru_cache(maxsize=16)
-def _one_step_pld(rate: float, sigma: float, grid: float) -> PrivacyLossDistribution:
-    from dp_accounting.pld import privacy_loss_distribution
-
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=sigma, sampling_prob=rate, value_discretization_interval=grid, pessimistic_estimate=True,
-    )
-
-
-def _expected_loss(events: Sequence[LatticeGaussian]) -> tuple[float, float]:
-    """(mean, range) of the privacy loss of the composition, by quadrature: the screen for memory and time, never a bound."""
-    mean, variance, reach = 0.0, 0.0, 0.0
-    for (rate, sigma), count in _steps(events).items():
-        x = np.linspace(-_TAIL_DEVIATIONS * sigma, 1 + _TAIL_DEVIATIONS * sigma, 20_001)
-        ratio = (2 * x - 1) / (2 * sigma**2)
-        loss = ratio if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + ratio)
-        weight = np.exp(loss - x**2 / (2 * sigma**2))
-        weight = weight / weight.sum()
-        mean += count * float(weight @ loss)
-        variance += count * float(weight @ loss**2)
-        reach = max(reach, float(loss[-1] - loss[0]))
-    return mean, reach + 2 * (mean + _TAIL_DEVIATIONS * math.sqrt(variance))
 
 
 def _first_within(cost: Callable[[int], float], target: float) -> int:
@@ -371,19 +308,6 @@ def _merged(events: Sequence[LatticeGaussian]) -> tuple[LatticeGaussian, ...]:
     for event in events:
         counts[event.with_steps(1)] = counts.get(event.with_steps(1), 0) + event.steps
     return tuple(sorted((event.with_steps(count) for event, count in counts.items()), key=LatticeGaussian.as_json))
-
-
-def _steps(events: Sequence[LatticeGaussian]) -> Steps:
-    """Steps by (sampling rate, effective noise multiplier), all that an accountant looks at."""
-    steps: Steps = {}
-    for event in events:
-        key = (event.sampling_rate, event.effective_noise_multiplier)
-        steps[key] = steps.get(key, 0) + event.steps
-    return steps
-
-
-def _slack(events: Sequence[LatticeGaussian]) -> float:
-    return math.fsum(event.slack_log for event in events)
 
 
 def _proper(delta: float) -> float:

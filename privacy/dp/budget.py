@@ -8,6 +8,9 @@ runs over disjoint sets of units is not taken yet.
 - As soon as a second contract has charged the ledger, its parameters may have been chosen after releases of the first were
   seen. Then an RDP filter at one order decides (``accounting.certify_adaptive``); the order follows from the limits alone.
   A limit that is raised later moves the order too: raise it before a run, not because of what a run showed.
+- A plan *without differential privacy* has no epsilon: the silo's word for it (``Limits.without_privacy``) admits it in place of a
+  limit, once, before its plan stands on the ledger. From its first attempt on the ledger's epsilon is infinite, whatever else is
+  on it, and no plan with noise is admitted any more (``privacy.dp.unprotected``).
 
 Promised: nothing is admitted that brings the certified epsilon of all reserved attempts above the limit, and an admitted
 attempt is on the disk before ``admit`` returns. Not promised: that the mechanism is run as declared (``lattice``,
@@ -22,11 +25,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from privacy.dp import accounting
+from privacy.dp import accounting, unprotected
 from privacy.dp.accounting import Certificate
 from privacy.dp.entries import Commit, Reserve, Void
 from privacy.dp.ledger import History, Ledger
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp.mechanism import LatticeGaussian, Mechanism, Unprotected
 from privacy.errors import BudgetExhausted, PrivacyRefusal
 
 MOST_ATTEMPTS = 3
@@ -38,7 +41,8 @@ class Limits:
     """The most that may be spent on any unit of this silo, over all runs.
 
     ``delta`` is the one in which figures are stated. ``filter_delta`` is the silo's own limit where a contract states a smaller
-    one: the filter's order must be the same under every contract on the ledger.
+    one: the filter's order must be the same under every contract on the ledger. ``without_privacy`` is the silo's word that
+    a plan without noise may be declared.
 
     Raises:
         PrivacyRefusal: epsilon is not a positive number, or delta not inside (0, 1).
@@ -47,6 +51,7 @@ class Limits:
     epsilon: float
     delta: float
     filter_delta: float | None = None
+    without_privacy: bool = False
 
     def __post_init__(self) -> None:
         if not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
@@ -65,6 +70,20 @@ class Limits:
         return max(accounting.INTEGER_ORDERS, key=room)
 
 
+def require_word(given: bool) -> None:
+    """Return if this silo itself said that it takes part without differential privacy.
+
+    Raises:
+        PrivacyRefusal: it did not.
+    """
+    if not given:
+        raise PrivacyRefusal(
+            "this contract has NO DIFFERENTIAL PRIVACY: no noise is added, and records can be reconstructed from its sums",
+            hint="do not join; or `silo join --without-differential-privacy`, after your data protection officer agrees in writing",
+            code="no-differential-privacy",
+        )
+
+
 class Account:
     """What a ledger has spent under some limits, and what a plan would add. Reads only.
 
@@ -79,7 +98,7 @@ class Account:
     """
 
     def __init__(
-        self, history: History, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int,
+        self, history: History, limits: Limits, *, plan: Mechanism, contract: str, steps_per_attempt: int,
         fewest: int | None = None,
     ) -> None:  # fmt: skip
         self._history = history
@@ -92,7 +111,8 @@ class Account:
     def spent(self) -> Certificate:
         """The certified cost of everything ever reserved on this ledger.
 
-        Formal guarantees: epsilon bounds the composition of all reserved attempts, void and failed ones included.
+        Formal guarantees: epsilon bounds the composition of all reserved attempts, void and failed ones included; it is infinite
+        as soon as one of them had no noise.
         """
         return self._with(0)
 
@@ -107,12 +127,12 @@ class Account:
             for body in self._history.entries
             if isinstance(body, Commit) and body.silos is not None and body.contract == self._contract
         }
-        steps: dict[LatticeGaussian, int] = {}
+        steps: dict[Mechanism, int] = {}
         for body in self._history.entries:
             if isinstance(body, Reserve):
                 silos = stood.get((body.round, body.attempt)) if body.contract == self._contract else None
                 one = body.mechanism.with_steps(1)
-                if silos is not None and self._fewest is not None:
+                if silos is not None and self._fewest is not None and isinstance(one, LatticeGaussian):
                     one = one.with_shares(one.shares + max(0, silos - self._fewest))
                 steps[one] = steps.get(one, 0) + body.mechanism.steps
         return self._certified([one.with_steps(count) for one, count in steps.items()], more=0)
@@ -143,14 +163,13 @@ class Account:
         """Everything charged and ``more`` steps of this plan: by PLD while all is of one contract, else by the filter."""
         return self._certified(self._history.charged(), more=more)
 
-    def _certified(self, events: list[LatticeGaussian], *, more: int) -> Certificate:
+    def _certified(self, events: list[Mechanism], *, more: int) -> Certificate:
         contracts = {body.contract for body in self._history.entries if isinstance(body, Reserve)}
         if more:
             events.append(self._plan.with_steps(more))
             contracts.add(self._contract)
-        if len(contracts) <= 1:
-            return accounting.certify(events, self._limits.delta)
-        return accounting.certify_adaptive(events, self._limits.delta, order=self._limits.filter_order)
+        order = None if len(contracts) <= 1 or unprotected.noised(events) is None else self._limits.filter_order
+        return unprotected.certify(events, self._limits.delta, order=order)
 
 
 class Gate(Account):
@@ -159,24 +178,25 @@ class Gate(Account):
     Formal guarantees:
         - a refusal leaves the ledger as it was;
         - an attempt is reserved on the disk, all its steps, before ``admit`` returns, and stays charged;
-        - the certified epsilon of everything reserved never passes ``limits.epsilon`` (meeting it exactly is allowed);
+        - the certified epsilon of everything reserved never passes ``limits.epsilon`` (meeting it exactly is allowed), unless this
+          silo gave its word for a plan without differential privacy;
         - no more steps than the plan has are admitted under a contract.
     """
 
     def __init__(
-        self, ledger: Ledger, limits: Limits, *, plan: LatticeGaussian, contract: str, steps_per_attempt: int,
+        self, ledger: Ledger, limits: Limits, *, plan: Mechanism, contract: str, steps_per_attempt: int,
         fewest: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(ledger, limits, plan=plan, contract=contract, steps_per_attempt=steps_per_attempt, fewest=fewest)
         self._ledger = ledger
-        self._fits: tuple[LatticeGaussian, ...] | None = None
+        self._fits: tuple[Mechanism, ...] | None = None
 
     def declare(self, *, run: str = "") -> Certificate:
         """The cost of everything charged with the whole plan; the plan is on the ledger from here on. Safe to repeat.
 
         Raises:
             BudgetExhausted: that cost is above the limit.
-            PrivacyRefusal: another plan was declared under this contract.
+            PrivacyRefusal: another plan was declared under this contract, or it has no noise and this silo never said that it may.
         """
         known = self._ledger.plan(self._contract)
         if known is not None and known.mechanism != self._plan:
@@ -186,7 +206,10 @@ class Gate(Account):
             )
         cost = self._with(self.steps_left)
         if known is None:
-            self._require_within(cost.epsilon)
+            if isinstance(self._plan, Unprotected):
+                require_word(self._limits.without_privacy)
+            else:
+                self._require_within(cost.epsilon)
             self._ledger.declare(
                 contract=self._contract, run=run, mechanism=self._plan, epsilon=self._limits.epsilon, delta=self._limits.delta
             )
@@ -245,6 +268,8 @@ class Gate(Account):
 
     def _require_fit(self, round_number: int) -> None:
         """Nothing, when one more attempt stays within the limit; by the whole plan where that fits, else by itself."""
+        if isinstance(self._plan, Unprotected):
+            return  # the word that admitted its plan is on the ledger: there is no figure to hold to a limit
         reserved = (body for body in self._ledger.entries if isinstance(body, Reserve))
         past = tuple(body.mechanism for body in reserved if body.contract != self._contract)
         if self._fits == past:
@@ -254,16 +279,26 @@ class Gate(Account):
             self._fits = past
             return
         after = self._with(self._steps_per_attempt).epsilon
+        self._require_finite(after)
         if not after <= self._limits.epsilon:
             raise BudgetExhausted.for_round(
                 round_number=round_number, epsilon_after=after, limit=self._limits.epsilon, delta=self._limits.delta
             )
 
     def _require_within(self, epsilon: float) -> None:
+        self._require_finite(epsilon)
         if not epsilon <= self._limits.epsilon:
             raise BudgetExhausted(
                 f"the plan of {self._plan.steps} steps would bring epsilon to {epsilon:.4g}, "
                 f"the limit is {self._limits.epsilon:.4g} (delta {self._limits.delta:g})",
                 hint="plan fewer rounds or more noise, or raise [limits] epsilon after your data protection officer agrees",
                 epsilon_after=epsilon, limit=self._limits.epsilon, delta=self._limits.delta, steps=self._plan.steps,
+            )
+
+    def _require_finite(self, epsilon: float) -> None:
+        if math.isinf(epsilon):
+            raise BudgetExhausted(
+                "this ledger holds a run without differential privacy: no noise makes its epsilon finite again",
+                hint="records that no such run used belong into a silo of their own, with its own ledger",
+                code="no-differential-privacy", limit=self._limits.epsilon,
             )

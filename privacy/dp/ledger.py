@@ -25,7 +25,7 @@ import msgspec
 
 from privacy import files
 from privacy.dp.entries import Begin, Body, Commit, Entry, Plan, Reserve, Void
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp.mechanism import Mechanism
 from privacy.errors import LedgerBroken, MachineError, PrivacyRefusal
 
 FORMAT_VERSION = 1
@@ -76,12 +76,12 @@ class History:
         """All bodies in order."""
         return tuple(self._bodies)
 
-    def charged(self, contract: str | None = None) -> list[LatticeGaussian]:
+    def charged(self, contract: str | None = None) -> list[Mechanism]:
         """Everything ever reserved (under ``contract``, or in all), equal mechanisms merged into one with their steps summed.
 
         Void, failed and repeated attempts count like any other.
         """
-        steps: dict[LatticeGaussian, int] = {}
+        steps: dict[Mechanism, int] = {}
         for body in self._bodies:
             if isinstance(body, Reserve) and contract in (None, body.contract):
                 one = body.mechanism.with_steps(1)
@@ -226,11 +226,11 @@ class Ledger(History):
                 files.write_atomic(path, data[: ledger._size], mode=files.PRIVATE)
         return ledger
 
-    def declare(self, *, contract: str, run: str, mechanism: LatticeGaussian, epsilon: float, delta: float) -> None:
+    def declare(self, *, contract: str, run: str, mechanism: Mechanism, epsilon: float, delta: float) -> None:
         """Write the whole plan of a run, and the limits it was admitted under."""
         self._append(Plan(contract=contract, run=run, mechanism=mechanism, epsilon=epsilon, delta=delta))
 
-    def reserve(self, *, contract: str, round_number: int, attempt: str, mechanism: LatticeGaussian) -> None:
+    def reserve(self, *, contract: str, round_number: int, attempt: str, mechanism: Mechanism) -> None:
         """Charge one attempt, before anything of it is computed.
 
         Raises:

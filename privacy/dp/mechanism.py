@@ -68,14 +68,8 @@ class LatticeGaussian(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     steps: int
 
     def __post_init__(self) -> None:
-        rate = self.sampling_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
-            raise _outside("sampling_rate", rate, "a number above 0 and at most 1")
-        msgspec.structs.force_setattr(self, "sampling_rate", float(rate))  # 1 and 1.0 must give equal bytes
-        for name, top in _COUNTS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= top:
-                raise _outside(name, value, f"an integer from 1 to {top}")
+        _check_rate(self)
+        _check_counts(self, *_COUNTS)
 
     @property
     def effective_noise_multiplier(self) -> float:
@@ -141,8 +135,35 @@ class LatticeGaussian(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
 
 
-Mechanism = LatticeGaussian
-"""Every kind of mechanism this version knows; becomes a tagged union when there is a second."""
+class Unprotected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="no-differential-privacy"):
+    """Poisson-sampled units, clipped to integer vectors of norm at most 2^p and summed **without noise**; ``steps`` times.
+
+    It stands in ledgers so that such a run is never forgotten. Fields as in ``LatticeGaussian``; there is no noise to state.
+
+    Formal guarantees: none. No finite epsilon bounds it, at any delta below the chance that a unit is drawn, whatever the
+    clipping. It has no ``effective_noise_multiplier``, so no accountant can be asked about it; whatever it is composed with over
+    the same units has no finite epsilon either (``privacy.dp.unprotected``).
+
+    Raises:
+        PrivacyRefusal: a value is not a number of the stated range.
+    """
+
+    sampling_rate: float
+    lattice_bits: int
+    dimension: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_rate(self)
+        _check_counts(self, "lattice_bits", "dimension", "steps")
+
+    def with_steps(self, steps: int) -> Unprotected:
+        """The same sums, ``steps`` times."""
+        return msgspec.structs.replace(self, steps=steps)
+
+
+Mechanism = LatticeGaussian | Unprotected
+"""Every kind of mechanism this version knows."""
 
 
 def adversaries(event: LatticeGaussian, *, silos: int, colluders: int) -> dict[str, LatticeGaussian]:
@@ -167,6 +188,20 @@ def adversaries(event: LatticeGaussian, *, silos: int, colluders: int) -> dict[s
 
 
 _COUNTS = {"lattice_bits": 30, "share_variance": _MAX_INTEGER, "shares": 10**6, "dimension": 2**40, "steps": MOST_STEPS}
+
+
+def _check_rate(event: Mechanism) -> None:
+    rate = event.sampling_rate
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        raise _outside("sampling_rate", rate, "a number above 0 and at most 1")
+    msgspec.structs.force_setattr(event, "sampling_rate", float(rate))  # 1 and 1.0 must give equal bytes
+
+
+def _check_counts(event: Mechanism, *names: str) -> None:
+    for name in names:
+        value, top = getattr(event, name), _COUNTS[name]
+        if type(value) is not int or not 1 <= value <= top:
+            raise _outside(name, value, f"an integer from 1 to {top}")
 
 
 def _outside(name: str, value: object, wanted: str) -> PrivacyRefusal:

@@ -22,7 +22,7 @@ from privacy.errors import TrustError
 from privacy.federation import Accepted, Guardian, Member
 from privacy.identity.keys import u32
 from privacy.messages import Certificate, Close, Consent, Endorsement, Freeze, Header, Listing, Signed, decode
-from privacy.secure_sum import choice
+from privacy.secure_sum import blocks, choice
 from privacy.secure_sum.masking import check_header, check_round, check_set, refused, self_commitment
 
 
@@ -108,6 +108,8 @@ def check_freeze(
         chosen = _check_choice(freeze, headers, accepted, everybody, {*seen, *([] if own is None else [own])}, places)
     else:
         check_pairs(headers)
+    if not blocks.is_whole(chosen, accepted.terms.sum.blocks):  # the choice gives no other; what may never happen is asked twice
+        raise refused(f"the set of silos {sorted(chosen)} is no union of whole blocks", code="not-whole-blocks")
     raws = [raw for raw, silo in zip(freeze.headers, headers, strict=True) if silo in chosen]
     kept = {silo: headers[silo] for silo in chosen}
     return Frozen(round_ctx=round_ctx, digest=digest_of_set(raws), headers=kept, silos=everybody)

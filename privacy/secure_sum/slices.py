@@ -2,8 +2,9 @@
 """Verification of a sum in pieces: who audits which segment of the vector, and how a segment is checked by itself.
 
 A segment is 1 MiB of the vector (2^18 words, the last one shorter): 16 leaves of the root in a silo's header, and one piece of
-every mask stream. Beyond ten silos, segment g is audited by the t_c + 1 silos with the smallest HMAC-SHA256(certificate digest,
-g ‖ i), and each silo adds some of its own random choice.
+every mask stream. Where the contract says ``audit = "slices"``, segment g is audited by the t_c + 1 silos with the smallest
+HMAC-SHA256(certificate digest, g ‖ i), by as many more as may still fall silent, and each silo adds some of its own random choice.
+What they say, and what follows from it, is ``secure_sum.audits``.
 
 **Formal guarantees**
 
@@ -35,8 +36,8 @@ from privacy.transparency import proofs
 
 Words = NDArray[np.uint32]
 
-EVERYBODY: Final = 10
-"""Up to so many silos everybody audits everything."""
+OWN_ODDS: Final = 16
+"""A silo audits every segment that is not its duty with a chance of one in so many."""
 SEGMENT_WORDS: Final = prg.SEGMENT_WORDS
 SEGMENT_BYTES: Final = 4 * SEGMENT_WORDS
 
@@ -46,39 +47,41 @@ def segments(dimension: int) -> int:
     return -(-dimension // SEGMENT_WORDS)
 
 
-def auditors(certificate: bytes, segment: int, silos: Sequence[int], *, colluders: int) -> tuple[int, ...]:
-    """Which silos of the set must audit a segment, ascending: all of at most ten, else t_c + 1 that the certificate picks.
+def auditors(certificate: bytes, segment: int, silos: Sequence[int], *, colluders: int, spare: int = 0) -> tuple[int, ...]:
+    """Which silos of the set must audit a segment, ascending: the t_c + 1 + ``spare`` that the certificate picks.
 
     Args:
         certificate: the digest (32 bytes) of the round's certificate.
         silos: the set U.
+        spare: how many of them may be silent and t_c + 1 still answer; at most all of U are picked.
 
     Raises:
         TrustError: fewer than t_c + 1 silos, or the digest has another length.
     """
     if len(certificate) != 32 or len(set(silos)) != len(silos) or len(silos) <= colluders:
         raise _refused(f"{len(silos)} silos and a certificate digest of {len(certificate)} bytes pick no {colluders + 1} auditors")
-    if len(silos) <= EVERYBODY:
-        return tuple(sorted(silos))
     ranked = sorted(silos, key=lambda silo: (hmac.digest(certificate, u32(segment) + u32(silo), "sha256"), silo))
-    return tuple(sorted(ranked[: colluders + 1]))
+    return tuple(sorted(ranked[: colluders + 1 + spare]))
 
 
 def duties(
-    certificate: bytes,
-    silo: int,
-    silos: Sequence[int],
-    *,
-    colluders: int,
-    dimension: int,
-    extra: int = 0,
-    random: Callable[[int], bytes] = os.urandom,
+    certificate: bytes, silo: int, silos: Sequence[int], *, colluders: int, dimension: int, spare: int = 0
 ) -> tuple[int, ...]:
-    """The segments that ``silo`` audits, ascending: those that are its duty, and ``extra`` more of its own random choice."""
-    count = segments(dimension)
-    must = {segment for segment in range(count) if silo in auditors(certificate, segment, silos, colluders=colluders)}
-    free = sorted(set(range(count)) - must, key=lambda _: random(16))
-    return tuple(sorted(must | set(free[:extra])))
+    """The segments that are the duty of ``silo``, ascending; the arguments are those of ``auditors``."""
+    every = range(segments(dimension))
+    return tuple(each for each in every if silo in auditors(certificate, each, silos, colluders=colluders, spare=spare))
+
+
+def own_choice(must: Sequence[int], dimension: int, *, random: Callable[[int], bytes] = os.urandom) -> tuple[int, ...]:
+    """Segments that are nobody's idea but this silo's, ascending: each that is not its duty, with a chance of one in OWN_ODDS."""
+    free = [each for each in range(segments(dimension)) if each not in set(must)]
+    return tuple(each for each in free if int.from_bytes(random(8), "big") % OWN_ODDS == 0)
+
+
+def hashes(vector: Words) -> tuple[bytes, ...]:
+    """The hash of every segment of ``vector``: nodes of its tree, whose root over these is the vector's (masking.vector_root)."""
+    raw = memoryview(np.ascontiguousarray(vector, dtype="<u4").view(np.uint8).data)
+    return tuple(merkle.root(raw[start : start + SEGMENT_BYTES]) for start in range(0, len(raw), SEGMENT_BYTES))
 
 
 def segment_of(vector: Words, segment: int) -> Words:
@@ -92,9 +95,7 @@ def segment_proof(vector: Words, segment: int) -> tuple[bytes, ...]:
     Raises:
         TrustError: there is no such segment.
     """
-    raw = memoryview(np.ascontiguousarray(vector, dtype="<u4").view(np.uint8).data)
-    hashes = [merkle.root(raw[start : start + SEGMENT_BYTES]) for start in range(0, len(raw), SEGMENT_BYTES)]
-    return proofs.inclusion_proof(hashes, segment)
+    return proofs.inclusion_proof(hashes(vector), segment)
 
 
 def check_segment(words: Words, proof: Sequence[bytes], header: Header, segment: int) -> None:

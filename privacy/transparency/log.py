@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transparency log: what a leaf says, where tiles lie, and reading a whole tree from tiles that nobody has to be trusted for.
 
-Every document on the board, in the order of storing, is a leaf of one RFC 6962 tree; only the log's own documents (``UNLOGGED``)
-are none. The tree is published as C2SP tlog-tiles: files of 256 hashes, and bundles of the leaves themselves.
+Every document on the board, in the order of storing, is a leaf of one RFC 6962 tree; only the log's own documents and masked
+vectors (``UNLOGGED``) are none. The tree is published as C2SP tlog-tiles: files of 256 hashes, and bundles of the leaves.
 
 Promised: ``Tiles.check`` returns only if the leaves it covers, and the nodes before them, give the signed root; then these leaves
 are the log's, and ``Tiles.root`` of ``since`` is the *only* root that this log can have had at that size. A receipt that was made
@@ -27,8 +27,8 @@ from privacy.messages import NOTE_KINDS, Digest, Kind, Number, PartyId, Signed, 
 from privacy.transparency import notes, proofs, tree
 from privacy.transparency.notes import COSIGNATURE, Checkpoint, Note, VerifierKey
 
-UNLOGGED: Final = NOTE_KINDS
-"""Kinds of documents that speak about the log and are no leaves of it."""
+UNLOGGED: Final = NOTE_KINDS | {"vector"}
+"""Kinds of documents that are no leaves of the log: those that speak about it, and masked vectors, which logged headers bind."""
 WIDTH: Final = 256
 """Hashes in a full tile, leaves in a full bundle."""
 MOST_LEAF_BYTES: Final = 256

@@ -11,7 +11,7 @@
 
 A silo whose key is a guardian of the contract works as one by itself (``silo train``); ``run`` also works in a silo's home, for a
 guardian that goes on while its silo does not train. Promised: it acts only under a contract whose every countersignature it
-verified itself. torch is never loaded.
+verified itself, that of the newest epoch; over to a newer version that it keeps it goes by itself. torch is never loaded.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from typing import Annotated
 
 import msgspec
 
-from privacy import files
+from privacy import chain, files
 from privacy.envelope import open_contract
-from privacy.errors import ConfigError, TrustError
+from privacy.errors import ConfigError, RoundError, TrustError
 from privacy.federation import Accepted, Guardian, Name
 from privacy.identity import keys
-from silo import config, membership, restoring, succession
+from silo import config, keyring, membership, reading, restoring, succession
 from silo.folder import transporting
 from silo.guardians.guardian import Guardian as Working
 from silo.guardians.guardian import party_of
 from silo.guardians.guarding import work
 from silo.home import Home
+from silo.session import Superseded
 from silo.transport import Transport
 from silo.watch import Watch, refuse_after_equivocation
 
@@ -70,8 +71,10 @@ class Visit:
         return accepted
 
 
-def create(root: Path, *, name: str, organisation: str, url: str = "", folder: Path | None = None, fingerprint: str) -> str:
-    """A new guardian's home in ``root``; its fingerprint. A half-made one is completed.
+def create(
+    root: Path, *, name: str, organisation: str, url: str = "", folder: Path | None = None, fingerprint: str
+) -> tuple[str, str]:
+    """A new guardian's home in ``root``; its fingerprints, as silo.reading.fingerprints. A half-made one is completed.
 
     Raises:
         ConfigError: a value is not allowed, or there is a silo.
@@ -93,7 +96,7 @@ def create(root: Path, *, name: str, organisation: str, url: str = "", folder: P
         made = home.identity_path.exists()
         identity = keys.load(home.identity_path) if made else keys.create(home.identity_path, name=name, receives=False)
         keys.write_public(home.public_path, identity, organisation)
-    return keys.fingerprint(identity.public)
+    return reading.fingerprints(identity)
 
 
 @contextlib.contextmanager
@@ -112,8 +115,8 @@ def joining(root: Path, fingerprint: str, *, folder: Path | None = None) -> Iter
         )
     with home.locked(), transporting(at, folder) as transport:
         fetched = membership.fetch(transport, expected, home=home)
-        party = _party(home, fetched.newest)
-        words = membership.terms_in_words(fetched.newest)
+        _, party = _own(home, fetched.newest)
+        words = [*membership.terms_in_words(fetched.newest), *succession.in_words(fetched)]
         yield Visit(home=home, transport=transport, fetched=fetched, party=party, words=words)
 
 
@@ -128,19 +131,61 @@ def run(root: Path, *, rounds: int | None, folder: Path | None = None, told: Cal
     home, at = Home(root), _aggregator(root)
     refuse_after_equivocation(home)
     with home.locked(), transporting(at, folder) as transport:
-        accepted = _joined(home)
-        membership.check_expiry(accepted, datetime.now(UTC))
-        membership.verify_all_countersigned(transport, accepted, home=home, wait_s=accepted.terms.sum.deadline_s)
-        identity = keys.load(home.identity_path).under(accepted.terms.signatures)
-        guardian = Working(
-            home=home, transport=transport, identity=identity, accepted=accepted, party=_party(home, accepted), clock=time.time,
-            former=succession.ancestors(home, accepted), told=told,
-            watch=Watch(home=home, transport=transport, identity=identity, accepted=accepted, clock=time.time),
-        )  # fmt: skip
-        work(guardian, transport, time.time, lambda: guardian.superseded is not None or guardian.finished >= (rounds or 2**31))
-        if guardian.superseded is not None:
-            raise guardian.superseded
-        return guardian.finished
+        return serve(home, transport, rounds=rounds or 2**31, told=told, clock=time.time)
+
+
+def serve(
+    home: Home, transport: Transport, *, rounds: int, told: Callable[[str], None], clock: Callable[[], float]
+) -> int:
+    """``run`` over a transport; hold the home's lock."""
+    finished = 0
+    while True:
+        guardian = _working(home, transport, told, clock)
+
+        def is_over(guardian: Working = guardian, before: int = finished) -> bool:
+            return guardian.superseded is not None or before + guardian.finished >= rounds
+
+        work(guardian, transport, clock, is_over)
+        finished += guardian.finished
+        if finished >= rounds:
+            return finished
+
+
+def _working(home: Home, transport: Transport, told: Callable[[str], None], clock: Callable[[], float]) -> Working:
+    accepted = at_work(home, transport)
+    membership.check_expiry(accepted, datetime.fromtimestamp(clock(), UTC))
+    identity, party = _own(home, accepted)
+    return Working(
+        home=home, transport=transport, identity=identity, accepted=accepted, party=party, clock=clock,
+        former=succession.ancestors(home, accepted), told=told,
+        watch=Watch(home=home, transport=transport, identity=identity, accepted=accepted, clock=clock),
+    )  # fmt: skip
+
+
+def at_work(home: Home, transport: Transport) -> Accepted:
+    """The version under which this guardian acts: that of the newest epoch; before any, the newest that all members signed.
+
+    Raises:
+        ConfigError: no contract was joined.
+        RoundError: members have not signed it.
+        Superseded: the newest epoch is under a version that is not kept here, or that a later one passed over.
+    """
+    kept = [open_contract(raw) for _, raw in home.contracts()]
+    if not kept:
+        raise ConfigError("this guardian has joined no federation", hint="run `silo guard join` first", code="not-joined")
+    standing = [*chain.ancestors(kept[-1], kept), kept[-1]]
+    called = succession.newest_call(home, transport)
+    if called is not None:
+        standing = [each for each in standing if each.digest == called[1]]
+        if not standing:
+            raise Superseded.by(*called)
+    while len(standing) > 1:
+        with contextlib.suppress(RoundError):
+            membership.verify_all_countersigned(transport, standing[-1], home=home)
+            return standing[-1]
+        standing.pop()
+    membership.verify_all_countersigned(transport, standing[0], home=home, wait_s=standing[0].terms.sum.deadline_s)
+    return standing[0]
 
 
 def is_alone(root: Path) -> bool:
@@ -157,25 +202,25 @@ def restore(root: Path, *, folder: Path | None = None) -> int:
     """
     home, at = Home(root), _aggregator(root)
     with home.locked(), transporting(at, folder) as transport:
-        accepted = _joined(home)
-        return restoring.restored_guardian(home, transport, accepted, keys.load(home.identity_path))
+        accepted = at_work(home, transport)
+        return restoring.restored_guardian(home, transport, accepted, _own(home, accepted)[0])
 
 
-def _joined(home: Home) -> Accepted:
-    kept = home.contract()
-    if kept is None:
-        raise ConfigError("this guardian has joined no federation", hint="run `silo guard join` first", code="not-joined")
-    return open_contract(kept[1])
+def organisation(root: Path) -> str:
+    """Whose guardian this is, by ``guard.toml``."""
+    return _decoded((root / FILE).read_bytes(), root / FILE).organisation
 
 
-def _party(home: Home, accepted: Accepted) -> Guardian:
-    party = party_of(accepted, keys.load(home.identity_path))
-    if party is None:
-        raise TrustError(
-            f"no guardian of {accepted.terms.name} has this home's key", code="not-a-member",
-            hint="send identity.pub to the coordinator, who adds it with `aggregator guardian`",
-        )  # fmt: skip
-    return party
+def _own(home: Home, accepted: Accepted) -> tuple[keys.Identity, Guardian]:
+    """This home's newest key that is a guardian's of the contract, with exactly its suite; and which guardian it is."""
+    for identity in keyring.identities(home):
+        party = party_of(accepted, identity)
+        if party is not None:
+            return identity.under(accepted.terms.signatures), party
+    raise TrustError(
+        f"no guardian of {accepted.terms.name} has this home's key", code="not-a-member",
+        hint="send identity.pub to the coordinator, who adds it with `aggregator guardian`",
+    )  # fmt: skip
 
 
 def _aggregator(root: Path) -> config.Aggregator:

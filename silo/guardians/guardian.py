@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Container, MutableMapping
 
-from privacy import envelope
+from privacy import chain, envelope
 from privacy.errors import Replay, TrustError
 from privacy.federation import Accepted
 from privacy.federation import Guardian as Party
@@ -62,7 +62,7 @@ class Guardian:
         self.finished = 0
         """Rounds with an outcome in which it acted since it was made."""
         self._former, self._watch = former, watch
-        kept = (envelope.open_contract(raw) for version, raw in home.contracts() if version < accepted.terms.version)
+        kept = chain.ancestors(accepted, [envelope.open_contract(raw) for _, raw in home.contracts()])
         self._earlier = tuple(each.terms for each in kept)  # whose keys signed what came before this version
         self._accepted, self._clock, self._vows = accepted, clock, Vows(home)
         self._post = Post(transport=transport, identity=identity, accepted=accepted, party=party, vows=self._vows, told=told)

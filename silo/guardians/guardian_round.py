@@ -114,7 +114,7 @@ class Round:
                 if slot != over or until != NEVER:
                     break
             else:
-                until = self._due(3)
+                until = self._due(4 if self._terms.sliced else 3)
             if until > self._clock():
                 return slot, until
         self._close()
@@ -230,7 +230,7 @@ class Round:
         self._answer("close", lambda: made)
 
     def _due(self, step: int) -> float:
-        """When a step after the uploads must have come: set, certificate, outcome; each has the contract's deadline."""
+        """When a step after the uploads must have come: set, certificate, (audit,) outcome; each has a deadline."""
         return float(self._manifest.deadline_at + step * self._terms.sum.deadline_s)
 
     def _answer(self, kind: OwnKind, make: Callable[[], Wire]) -> None:

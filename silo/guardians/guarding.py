@@ -2,19 +2,22 @@
 """A guardian at work: alone in a process of its own (``silo guard``), or in a thread beside a silo's rounds (``silo train``).
 
 Promised: what ends the guardian's work with an error is raised to whoever asks ``check``, and a thread has ended when the block is
-left. The two share a home's lock, identity and transport, and no file. Not promised: that a step happens at once (``POLL_S``).
+left; a guardian for which a document changes nothing pauses before it looks again. The two share a home's lock, identity and
+transport, and no file. Not promised: that a step happens at once (``POLL_S``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Container, Iterator, MutableMapping
 from dataclasses import dataclass
 
 from privacy.federation import Accepted
 from privacy.identity import keys
 from silo.guardians.guardian import Guardian, party_of
+from silo.guardians.guardian_round import Slot
 from silo.home import Home
 from silo.transport import Transport
 
@@ -33,12 +36,24 @@ class Watching:
     former: Container[bytes] = ()
 
 
-def work(guardian: Guardian, transport: Transport, clock: Callable[[], float], is_over: Callable[[], bool]) -> None:
-    """Step and wait in turn until it is over. Raises as ``Guardian.step``."""
+def work(
+    guardian: Guardian, transport: Transport, clock: Callable[[], float], is_over: Callable[[], bool],
+    pause: Callable[[float], object] = time.sleep,
+) -> None:  # fmt: skip
+    """Step and wait in turn until it is over. Raises as ``Guardian.step``.
+
+    Args:
+        pause: waits so many seconds; where what a step waits for stands already, and the next step waits for it again.
+    """
+    moved_nothing: Slot | None = None
     while not is_over():
         slot, until = guardian.step()
-        if not is_over():
-            transport.get(*slot, wait_s=min(POLL_S, max(0.0, until - clock())))
+        if is_over():
+            return
+        if slot == moved_nothing:  # such as the call of an epoch in which this guardian may not act
+            pause(POLL_S)
+        found = transport.get(*slot, wait_s=min(POLL_S, max(0.0, until - clock())))
+        moved_nothing = None if found is None else slot
 
 
 @contextlib.contextmanager
@@ -60,7 +75,7 @@ def guarding(watching: Watching, outcomes: MutableMapping[int, bytes]) -> Iterat
 
     def run() -> None:
         try:
-            work(guardian, watching.transport, watching.clock, stop.is_set)
+            work(guardian, watching.transport, watching.clock, stop.is_set, stop.wait)
         except BaseException as error:  # it is raised in the thread that asks
             faults.append(error)
 

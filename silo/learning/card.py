@@ -10,9 +10,11 @@ the base model by one.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 from privacy import base_model
+from privacy.dp import unprotected
 from privacy.dp.accounting import Certificate
 from privacy.federation import Accepted, Contract
 from privacy.update_rule import State
@@ -49,14 +51,14 @@ def card(origin: Origin, *, takes_types: bool, head_replaced: bool) -> str:
         "pooling": terms.model.pooling,
         "longest text": f"{terms.task.max_length} tokens",
         "privacy unit": terms.privacy.unit,
-        "epsilon": f"{spent.epsilon!r}, {_against(terms)}",
-        "delta": f"{spent.delta!r}",
+        **_figures(terms, spent),
     }
     return _PAGE.format(
+        how=_HOW[terms.is_private],
+        ledger=(_LEDGER if math.isfinite(spent.epsilon) else _NO_FIGURE).format(silo=origin.silo),
         base=_quoted(origin.base),
         title=f"{terms.name}, round {origin.round}",
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
-        silo=origin.silo,
         code=snippet(terms, base=origin.base, takes_types=takes_types, head_replaced=head_replaced),
     )
 
@@ -75,6 +77,12 @@ def snippet(terms: Contract, *, base: str, takes_types: bool, head_replaced: boo
         pooled=_POOLED[terms.model.pooling],
         example=example,
     )
+
+
+def _figures(terms: Contract, spent: Certificate) -> dict[str, str]:
+    if not math.isfinite(spent.epsilon):
+        return {"epsilon": unprotected.IN_WORDS}
+    return {"epsilon": f"{spent.epsilon!r}, {_against(terms)}", "delta": f"{spent.delta!r}"}
 
 
 def _against(terms: Contract) -> str:
@@ -124,6 +132,17 @@ def logits(texts, pairs=None):
 print(labels[logits({example})[0].argmax()])
 """
 
+_HOW = {True: "with differential privacy", False: "**without differential privacy**"}
+
+_LEDGER = """\
+Epsilon is what the ledger of silo {silo} has charged for each of its privacy units, in all: adding or removing one unit is hidden
+up to it. Using or publishing this adapter costs nothing more. The figure itself tells how often the silo tried, crashes \
+included."""
+
+_NO_FIGURE = """\
+The ledger of silo {silo} holds a run without differential privacy, so no epsilon can be stated for its records: what was released
+may show who was among them, and records can be reconstructed from such sums."""
+
 _PAGE = """\
 ---
 base_model: {base}
@@ -132,13 +151,12 @@ library_name: peft
 
 # {title}
 
-A text classifier that several silos trained together with differential privacy, exported by `silo export`: a LoRA adapter and a
+A text classifier that several silos trained together {how}, exported by `silo export`: a LoRA adapter and a
 linear head for a frozen base model. It changes no weight of the base model.
 
 {facts}
 
-Epsilon is what the ledger of silo {silo} has charged for each of its privacy units, in all: adding or removing one unit is hidden
-up to it. Using or publishing this adapter costs nothing more. The figure itself tells how often the silo tried, crashes included.
+{ledger}
 
 ## Load it
 

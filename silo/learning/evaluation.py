@@ -115,7 +115,8 @@ def private_head(
     would have to be declared, reserved and composed like any other run.
 
     Formal guarantees of each step: a unit enters by its own coin of the contract's rate, and every coordinate of the clipped
-    integer sum gets h shares of the plan's noise. What is given for the best of them is exact and covered by no epsilon.
+    integer sum gets h shares of the plan's noise (none where the contract has no differential privacy). What is given for the best
+    of them is exact and covered by no epsilon.
 
     Args:
         train: the record files of all silos; units are kept apart by file.
@@ -191,6 +192,8 @@ def _head_step(terms: Contract, pooled: Pooled, state: State, randomness: Callab
     rows = head_gradients(pooled, *_head(terms, state), chosen)
     total = sum_lattice(to_lattice(rows, max_grad_norm=privacy.max_grad_norm, lattice_bits=plan.lattice_bits)).numpy()
     clamped = np.clip(total, -plan.clamp * terms.silos, plan.clamp * terms.silos)
+    if not terms.is_private:
+        return update_rule.advance(state, clamped, terms)
     # h shares of the plan's noise: what the guarantee counts on; a real sum holds the colluders' shares too.
     drawn = noise.discrete_gaussian(terms.dimension, plan.share_variance * terms.shares, randomness())
     return update_rule.advance(state, clamped + drawn, terms)

@@ -43,7 +43,8 @@ def trained(
         randomness: gives a fresh source at every call, one for each step's noise.
 
     Formal guarantees:
-        - *One noise per step*: each sum gets a full draw of its own before anything else is done with it.
+        - *One noise per step*: each sum gets a full draw of its own before anything else is done with it; none where the contract
+          has no differential privacy (silo.upload.noisy).
         - *Public count*: ``steps_per_round`` steps are run, whatever they find.
         - *Post-processing*: a change beyond ``update_bound`` is cut, and all are rounded, after the last noise was added.
         - *No own model*: the state given back has moments and zeros for θ. θ less the shared one would be x_i without its mask.

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from privacy.dp import ring
 from privacy.dp.lattice import sum_lattice, to_lattice
@@ -111,8 +112,7 @@ class Contribution:
         """The clamped integer sum ``(d,)`` of these units' clipped gradients at the model's present state."""
         plan, privacy = ring_plan(self._terms), self._terms.privacy
         total = torch.zeros(self.model.dimension, dtype=torch.int64, device=self.model.device)
-        for batch in self._batches(units):
-            rows = unit_gradients(self.model, batch, self._tape)
+        for rows in self._gradients(units):
             total += sum_lattice(to_lattice(rows, max_grad_norm=privacy.max_grad_norm, lattice_bits=privacy.lattice_bits))
         return ring.clamp(total.cpu().numpy(), plan)
 
@@ -139,6 +139,10 @@ class Contribution:
             raise MachineError(
                 "the model does not hold the state it was given", hint="restart the silo; report the device", code="not-moved"
             )
+
+    def _gradients(self, units: Sequence[EncodedUnit]) -> Iterator[Tensor]:
+        """The unclipped gradients of ``units``, some rows ``(·, d)`` float32 at a time, a view that the next overwrites."""
+        return (unit_gradients(self.model, batch, self._tape) for batch in self._batches(units))
 
     def _batches(self, units: Sequence[EncodedUnit]) -> Iterator[PhysicalBatch]:
         longest = self._terms.task.max_length
