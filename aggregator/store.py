@@ -46,6 +46,11 @@ _DOCUMENTS: Final = sa.Table(
 )  # fmt: skip
 _NEXT_LEAF: Final = sa.select(sa.func.coalesce(sa.func.max(_DOCUMENTS.c.leaf) + 1, 0)).scalar_subquery()
 _MOST_TRIES: Final = 100
+_C: Final = _DOCUMENTS.c
+_OF_A_KIND: Final = (_C.kind == sa.bindparam("kind")) & (_C.number == sa.bindparam("number"))
+_PARTIES: Final = sa.select(_C.party).where(_OF_A_KIND).order_by(_C.party)
+_ENTRY: Final = sa.select(_C.digest, _C.size, _C.received_at, _C.leaf).where(_OF_A_KIND & (_C.party == sa.bindparam("party")))
+"""Built once: they are asked many times a second, and building one takes longer than the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +181,7 @@ class Store:
 
     def entry(self, kind: str, number: int, party: int) -> Entry | None:
         """What the table says about a slot, or None when it is empty."""
-        columns = _DOCUMENTS.c
-        where = (columns.kind == kind) & (columns.number == number) & (columns.party == party)
-        rows = self._rows(sa.select(columns.digest, columns.size, columns.received_at, columns.leaf).where(where))
+        rows = self._rows(_ENTRY, kind=kind, number=number, party=party)
         return Entry(digest=bytes.fromhex(rows[0][0]), size=rows[0][1], received_at=rows[0][2], leaf=rows[0][3]) if rows else None
 
     def changes(self) -> int | None:
@@ -201,9 +204,7 @@ class Store:
 
     def parties(self, kind: str, number: int) -> tuple[int, ...]:
         """Who wrote a document of this kind and number, ascending."""
-        columns = _DOCUMENTS.c
-        where = (columns.kind == kind) & (columns.number == number)
-        return tuple(row[0] for row in self._rows(sa.select(columns.party).where(where).order_by(columns.party)))
+        return tuple(row[0] for row in self._rows(_PARTIES, kind=kind, number=number))
 
     def latest(self, kind: str) -> int | None:
         """The highest number of this kind, or None when there is no such document."""
@@ -257,9 +258,9 @@ class Store:
         with _database(), self._engine.begin() as connection:
             yield connection
 
-    def _rows(self, query: sa.Select[Any]) -> list[tuple[Any, ...]]:
+    def _rows(self, query: sa.Select[Any], **values: object) -> list[tuple[Any, ...]]:
         with _database(), self._engine.connect() as connection:
-            return [tuple(row) for row in connection.execute(query)]
+            return [tuple(row) for row in connection.execute(query, values)]
 
     def _keep(self, digest: bytes, data: bytes) -> None:
         try:

@@ -6,7 +6,10 @@ Run: ``OMP_NUM_THREADS=1 python -m tests.mutation`` (or with module names). A *c
 lives in a forked process, in memory: no file is changed. Prints a line for each; exits 1 if one survives that is not listed
 in ``EQUIVALENT`` with the reason why no test can tell it apart, or if an entry there is out of date.
 
-Not promised: that a check is right; only that some test fails without it. Checks inside expressions are not seen.
+The modules in ``RULES`` decide and raise nothing. There every condition is a check: an ``if``, in a statement or an expression, is
+never true, then always; a ``while`` never; each filter of a comprehension and each operand of ``and`` and ``or`` is left out.
+
+Not promised: that a check is right; only that some test fails without it. Elsewhere checks inside expressions are not seen.
 """
 
 from __future__ import annotations
@@ -39,27 +42,49 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 120.0
 WORDS = re.compile(r"_?(check|verify|expect|refuse|open|load)(_|$)")
 
+_SLICES = (
+    "test_every_silo_of_the_set_finds_a_right_sum_right", "test_a_claim_is_held_to_the_set", "test_bound_to_one_claim",
+    "test_nobody_elses_word_counts", "test_verdicts_out_of_order_or_of_nothing_are_refused",
+    "test_a_segment_that_is_withheld_is_not_right", "test_a_silo_outside_the_set_has_no_word", "test_a_wrong_sum_is_never_applied",
+    "test_silos_that_fall_silent_are_made_up_for_by_as_many_spares",
+)  # fmt: skip
+_BLOCKS = (
+    "test_blocks_stay_in_a_chain", "test_rank_is_that_of_the_participation_matrix", "test_one_factor_a_block_in_every_combination",
+    "test_three_overlapping_sets_give_one_silo_away_and_are_refused", "test_only_whole_blocks_are_ever_frozen",
+)  # fmt: skip
+
 TESTS: dict[str, tuple[str, ...]] = {
     "privacy.secure_sum.guardian_sum": ("test_guardian_sum", "test_mutants_sum", "test_shares"),
-    "privacy.secure_sum.masking": ("test_guardian_sum", "test_mutants_sum", "test_shares", "test_mutants_shares"),
-    "privacy.secure_sum.freeze": ("test_freeze", "test_guardian_sum", "test_mutants_shares"),
-    "privacy.secure_sum.shares": ("test_shares", "test_mutants_shares"),
+    "privacy.secure_sum.masking": ("test_guardian_sum", "test_mutants_sum", "test_shares"),
+    "privacy.secure_sum.freeze": ("test_freeze", "test_guardian_sum"),
+    "privacy.secure_sum.shares": ("test_shares", "test_mutants_sum"),
     "privacy.secure_sum.shamir": ("test_shamir",),
     "privacy.envelope": ("test_envelope", "test_mutants_sum"),
     "privacy.secure_sum.epoch": ("test_epoch", "test_mutants_sum"),
-    "privacy.secure_sum.roster": ("test_epoch", "test_freeze", "test_mutants_shares"),
+    "privacy.secure_sum.roster": ("test_epoch", "test_freeze"),
     "privacy.secure_sum.slices": ("test_slices", "test_mutants_sum"),
+    "privacy.secure_sum.audits": ("test_mutants_sum", *(f"test_slice_rounds::{each}" for each in _SLICES)),
+    "privacy.secure_sum.choice": ("test_freeze", "test_mutants_sum"),
+    "privacy.secure_sum.blocks": ("test_mutants_sum", *(f"test_without_privacy::{each}" for each in _BLOCKS)),
     "privacy.secure_sum.merkle": ("test_merkle",),
     "privacy.transparency.proofs": ("test_proofs", "test_mutants_log"),
     "privacy.transparency.tree": ("test_log", "test_proofs", "test_vectors", "test_mutants_log"),
     "privacy.transparency.notes": ("test_notes", "test_mutants_log"),
     "privacy.transparency.log": ("test_log", "test_mutants_log"),
+    "privacy.transparency.notices": (
+        "test_log_refusals::test_a_refusal_of_somebody_else_is_named", "test_log_refusals::test_a_false_accusation_is_named",
+    ),
+    "privacy.chain": ("test_chain", "test_mutants_log", *(f"test_without_privacy::{each}" for each in _BLOCKS[:1])),
+    "privacy.dp.ledger": ("test_ledger",),
     "privacy.prg": ("test_prg", "test_mutants_sum"),
     "privacy.identity.curve25519": ("test_keys", "test_mutants_sum"),
     "privacy.identity.signatures": ("test_signatures", "test_mutants_sum"),
     "privacy.identity.xwing": ("test_keys", "test_mutants_sum"),
 }
-"""The test modules that answer for a module; the first to fail ends a mutant."""
+"""The test modules, or single tests of one, that answer for a module; the first to fail ends a mutant."""
+
+RULES = ("privacy.secure_sum.choice", "privacy.secure_sum.blocks")
+"""Modules of pure rules: see the docstring."""
 
 _LIBRARY = "the library refuses it as well; kept so that nothing rests on that"
 _NO_KEY = "no such encoding passes for a point of prime order, and as R the library refuses it as well"
@@ -72,7 +97,7 @@ EQUIVALENT: dict[str, str] = {
     "privacy.identity.curve25519:verify_signature: or len(signature) != 64": _LIBRARY,
     "privacy.identity.curve25519:verify_signature: or int.from_bytes(signature[32:], 'little') >= _ORDER": _LIBRARY,
     "privacy.identity.curve25519:verify_signature: raise InvalidSignature": _LIBRARY,
-    "transparency.notes:VerifierKey.parse: or not _HEX8.fullmatch(stated)": "an id is eight such digits, and stated must equal it",
+    "privacy.transparency.notes:VerifierKey.parse: or not _HEX8.fullmatch(stated)": "stated must equal an id, which is such digits",
     "privacy.transparency.notes:parse: or not gap": "without a gap the text before it is empty, which is refused beside it",
     "privacy.secure_sum.shares:check_pair_key: or stated is None": "a commitment is bytes and never equals None",
 }
@@ -81,7 +106,11 @@ EQUIVALENT: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One check: where it stands, and how to neutralise it: ``alternative`` is the operand of an ``or`` to drop, or -1 for all."""
+    """One check: where it stands, and how to neutralise it.
+
+    ``alternative`` is the operand or filter to drop, or -1 for all. Of a condition, ``node`` is its place in ``ast.walk``, and
+    ``always`` what an ``if`` becomes.
+    """
 
     module: str
     function: str
@@ -89,6 +118,8 @@ class Mutant:
     column: int
     what: str
     alternative: int = -1
+    node: int = -1
+    always: bool = False
 
     @property
     def name(self) -> str:
@@ -97,8 +128,42 @@ class Mutant:
 
 
 def mutants(module: str, source: str) -> list[Mutant]:
-    """All checks of a module, in its order."""
-    return list(_found(module, ast.parse(source), ""))
+    """All checks of a module, in its order; of one in ``RULES`` its conditions too."""
+    tree = ast.parse(source)
+    return [*_found(module, tree, ""), *(_conditions(module, tree) if module in RULES else ())]
+
+
+def _conditions(module: str, tree: ast.Module) -> Iterator[Mutant]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+    def mutant(at: ast.expr, what: str, **how: int) -> Mutant:
+        around = [each for each in functions if each.lineno <= at.lineno <= (each.end_lineno or 0)]
+        function = ".".join(each.name for each in sorted(around, key=lambda each: each.lineno))
+        what = " ".join(what.split())[:90]
+        return Mutant(module=module, function=function, line=at.lineno, column=at.col_offset, what=what, **how)
+
+    for index, node in enumerate(ast.walk(tree)):
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            yield mutant(node.test, f"never {ast.unparse(node.test)}", node=index)
+        if isinstance(node, ast.If | ast.IfExp):
+            yield mutant(node.test, f"always {ast.unparse(node.test)}", node=index, always=True)
+        for place, value in enumerate(_parts(node)):
+            yield mutant(value, f"without {ast.unparse(value)} in {ast.unparse(node)}", node=index, alternative=place)
+
+
+def _parts(node: ast.AST) -> list[ast.expr]:
+    """The operands of ``and`` and ``or``, the filters of a comprehension."""
+    return node.values if isinstance(node, ast.BoolOp) else node.ifs if isinstance(node, ast.comprehension) else []
+
+
+def _without_condition(tree: ast.Module, mutant: Mutant) -> ast.Module:
+    node = list(ast.walk(tree))[mutant.node]
+    if mutant.alternative >= 0:
+        del _parts(node)[mutant.alternative]
+    else:
+        assert isinstance(node, ast.If | ast.IfExp | ast.While)
+        node.test = ast.Constant(mutant.always)
+    return ast.fix_missing_locations(tree)
 
 
 def _found(module: str, node: ast.AST, function: str) -> Iterator[Mutant]:
@@ -135,6 +200,8 @@ def _is_check(node: ast.stmt) -> bool:
 def mutated(source: str, mutant: Mutant) -> ast.Module:
     """The module's tree without this check."""
     tree = ast.parse(source)
+    if mutant.node >= 0:
+        return _without_condition(tree, mutant)
 
     class Neutralise(ast.NodeTransformer):
         done = 0
@@ -214,11 +281,17 @@ def start(module: str, source: str, mutant: Mutant | None) -> Job:
         first, quiet = _First(), os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
-        files = [str(ROOT / "tests" / f"{name}.py") for name in TESTS[module] if (ROOT / "tests" / f"{name}.py").exists()]
+        files = [str(ROOT / "tests" / place_of(name)) for name in TESTS[module]]
         code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *files], plugins=[first]))
         os.write(writing, json.dumps(first.failed).encode())
     finally:
         os._exit(code)
+
+
+def place_of(name: str) -> str:
+    """``test_x`` or ``test_x::test_y`` as pytest takes it, in the folder tests."""
+    file, *one = name.split("::")
+    return "::".join((f"{file}.py", *one))
 
 
 def source_of(module: str) -> Path:
