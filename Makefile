@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo   the demonstration: three silos and an aggregator on this machine, in the folder demo/ (made anew each time)
-# make test   the tests, two at a time
-# make lint   ruff and mypy
-# make bench  the benchmarks, some five minutes; each has options for longer (python -m benchmarks.round --help)
-# make clean  removes .venv, caches and the demonstration's folder
+# make demo     the demonstration: three silos and an aggregator on this machine, in the folder demo/ (made anew each time)
+# make test     the tests, two at a time
+# make lint     ruff and mypy
+# make bench    the benchmarks, some five minutes; each has options for longer (python -m benchmarks.round --help)
+# make mutants  takes every check of the protocol's modules out, one at a time: does a test notice? (docs/guides/checks.md)
+# make fuzz     ten minutes of broken input for every parser; installs the extra [fuzz] first where it is missing
+# make clean    removes .venv, caches and the demonstration's folder
 # Each makes .venv first where it is missing, or where pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
@@ -14,7 +16,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 BENCHMARKS := noise step_overhead round
 
-.PHONY: demo test lint bench clean
+# The size at which its targets are set; all sizes take much longer. The peer it can be compared with is not needed.
+SECURE_SUM := --silos 3 8 --dimensions 917504 --repeats 3
+
+.PHONY: demo test lint bench mutants fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -30,6 +35,14 @@ lint: $(READY)
 
 bench: $(READY)
 	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; $(VENV)/bin/python -m "benchmarks.$$name"; echo; done
+	@echo "== benchmarks/secure_sum.py"; $(VENV)/bin/python -m benchmarks.secure_sum $(SECURE_SUM)
+
+mutants: $(READY)
+	$(VENV)/bin/python -m tests.mutation
+
+fuzz: $(READY)
+	$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/pip install --quiet -c constraints.txt -e '.[fuzz]'
+	$(VENV)/bin/python -m tests.fuzz all --seconds 600
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

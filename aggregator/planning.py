@@ -52,7 +52,7 @@ class Question:
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ConfigError("a plan has either an epsilon or a noise multiplier", hint="give one of the two", code="plan")
-        if not self.local and self.silos - self.colluders - self.dropouts < 1:
+        if not self.local and (self.shares < 1 or self.fewest > self.silos or self.dropouts >= self.silos):
             raise ConfigError(
                 f"{self.silos} silos with {self.colluders} colluders and {self.dropouts} drop-outs leave no honest noise",
                 hint="more silos, or fewer of the others", code="plan",
@@ -60,13 +60,13 @@ class Question:
 
     @property
     def shares(self) -> int:
-        """h = n - t_c - t_d, the noise shares that the insiders face; 1 in local mode."""
-        return 1 if self.local else self.silos - self.colluders - self.dropouts
+        """h = u_min - t_c, the noise shares that the insiders face; 1 in local mode."""
+        return 1 if self.local else self.fewest - self.colluders
 
     @property
     def fewest(self) -> int:
-        """The silos in the smallest sum that may be released."""
-        return self.silos - self.dropouts
+        """u_min: the silos in the smallest sum that may be released, as ``Contract.fewest`` has it."""
+        return max(3, self.silos - self.dropouts) if self.dropouts else self.silos
 
 
 @dataclass(frozen=True, kw_only=True)

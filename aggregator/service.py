@@ -106,7 +106,7 @@ class _Service:
         self._board = board
         self._log_folder = log_folder
         self.stopping: Callable[[], bool] = lambda: False
-        self._waiting = Waiting(board, clock, self._ends)
+        self.waiting = Waiting(board, clock, self._ends)
 
     def _ends(self) -> bool:
         return self.stopping()
@@ -120,7 +120,7 @@ class _Service:
 
     async def get(self, request: Request) -> Response:
         kind, number, party = _slot(request)
-        if not await self._waiting.until((kind, number, party), _wait(request)):
+        if not await self.waiting.until((kind, number, party), _wait(request)):
             raise RoundError(f"there is no {kind} {number} of party {party} yet", hint="ask again", code="not-found")
         if (part := _part(request, kind)) is not None:
             some = await run_in_threadpool(self._board.part, kind, number, party, *part)

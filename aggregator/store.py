@@ -199,6 +199,9 @@ class Store:
             try:
                 version: int = driver.execute("PRAGMA data_version").fetchone()[0]  # type: ignore[union-attr]
             except sqlite3.Error as error:
+                eye, self._eye = self._eye, None  # the next question opens another one
+                eye.invalidate()
+                eye.close()
                 raise OSError(str(error)) from error
             return version
 

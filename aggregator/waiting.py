@@ -42,6 +42,11 @@ class Waiting:
         self._waiting: dict[Slot, int] = {}
         self._watcher: asyncio.Task[None] | None = None
 
+    @property
+    def count(self) -> int:
+        """How many requests wait."""
+        return sum(self._waiting.values())
+
     async def until(self, slot: Slot, seconds: float) -> bool:
         """Whether the slot is taken, within ``seconds``. Raises MachineError when the database does not work."""
         end = self._clock() + seconds
@@ -54,6 +59,7 @@ class Waiting:
                 self._ensure_watched()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(bell.wait(), min(left, _LONGEST_S))
+                bell.clear()  # whoever waited is awake: a bell that rang for a fault must not ring on
             return True
         finally:
             self._waiting[slot] -= 1
@@ -69,6 +75,7 @@ class Waiting:
         """Ring for every slot that is taken, and for all of them when the service stops or the database fails."""
         seen, looked = -1, 0.0
         while self._bells and not self._stopping():
+            pause = _LONGEST_S
             try:
                 changes = self._board.changes()
                 if changes != seen or time.monotonic() - looked >= _LONGEST_S:
@@ -76,8 +83,13 @@ class Waiting:
                     for slot, bell in tuple(self._bells.items()):
                         if not bell.is_set() and await run_in_threadpool(self._board.has, *slot):
                             bell.set()
+                pause = BLIND_S if changes is None else LOOK_S
             except SiloquyError:
-                break  # each request meets it in its own look
-            await asyncio.sleep(BLIND_S if changes is None else LOOK_S)
+                seen = -1
+                self._ring()  # each request meets it in its own look
+            await asyncio.sleep(pause)
+        self._ring()
+
+    def _ring(self) -> None:
         for bell in self._bells.values():
             bell.set()

@@ -24,6 +24,7 @@ Not promised: that a round completes (one silent silo closes it), or that its ti
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -45,8 +46,9 @@ from privacy.messages import (
     encode,
 )
 from privacy.secure_sum import guardian_sum
+from privacy.secure_sum.audits import Claimed
 from privacy.update_rule import State
-from silo.auditing import Auditor, complained
+from silo.auditing import Auditor, chosen, coin, complained, kept
 from silo.catching_up import agreed_set
 from silo.home import Progress
 from silo.learning import local
@@ -56,12 +58,13 @@ from silo.settlement import Words, load_progress, refuse_to_go_on, shown
 from silo.transport import vectors_of
 from silo.upload import Persisted, masked, noisy
 from silo.watch import Watch, expect
-from silo.witness import Stage, Witness
+from silo.witness import Judged, Stage, Witness
 
 POLL_S = 5.0
 HEAD_WAIT_S = 3.0
 """How long a settled round waits for the head that covers it; where it comes later, the next round's start reads it."""
 ID_BYTES = 16
+_PAUSE_S = 0.2
 
 class Rounds:
     """This silo's rounds in one confirmed epoch; see the module docstring.
@@ -75,7 +78,7 @@ class Rounds:
         self._parts = parts
         self._epoch = epoch
         self._terms = parts.accepted.terms
-        self._finished = -1
+        self._finished, self._looked = -1, b""
         self._witness = Witness(accepted=parts.accepted, epoch=epoch, silo=parts.member.id)
         self._watch = Watch(
             home=parts.home, transport=parts.transport, identity=parts.identity, accepted=parts.accepted, clock=parts.clock
@@ -207,12 +210,30 @@ class Rounds:
         if parts.member.id not in frozen.headers:
             return
         auditor = Auditor(
-            silo=parts.member.id, number=number, folder=self._folder, evidence=parts.home.log_folder, random=parts.os_random,
-            fetch=vectors_of(parts.transport, number, wait_s=1.0), sign=lambda made: self._sign("verdict", made),
+            silo=parts.member.id, number=number, folder=self._folder, evidence=parts.home.log_folder,
+            random=self._coin(own.round_ctx), fetch=vectors_of(parts.transport, number, wait_s=1.0),
+            sign=lambda made: self._sign("verdict", made),
             over=lambda: parts.clock() >= until or self._outcome(number) is not None,
         )  # fmt: skip
-        if (document := auditor.verdict(claim, self._witness.claimed(frozen, get))) is not None:
+        claimed = self._witness.claimed(frozen, get)
+        document = auditor.verdict(claim, claimed)
+        self._looked = claimed.digest
+        # Once the outcome stands the verdict is refused, and the log says so: worth it for a complaint only.
+        if document is not None and (complained(self._folder, own.round_ctx) or self._outcome(number) is None):
             self._post("verdict", number, document)
+
+    def _coin(self, round_ctx: bytes) -> Callable[[int], bytes]:
+        return coin(self._parts.home.install_secret, round_ctx)
+
+    def _unseen(self, claimed: Claimed, took_part: bool) -> frozenset[int]:
+        """What this silo sums before it applies a round: the segments of which it complained; and, where it took part and has not
+        looked at this very claim before the outcome came, those of its own choice.
+        """
+        folder, round_ctx = self._epoch.folder, claimed.claim.round_ctx
+        said, found = None if folder is None else kept(folder, round_ctx), complained(folder, round_ctx)
+        if not took_part or claimed.digest in (self._looked, None if said is None else said[1].claim):
+            return found
+        return found.union(chosen(self._coin(round_ctx), claimed.dimension))
 
     def _getting(self, number: int) -> Callable[[Stage], bytes | None]:
         return lambda kind: self._parts.transport.get(kind, number, AGGREGATOR, wait_s=0)
@@ -231,14 +252,7 @@ class Rounds:
     def _settle(self, document: bytes, round_ctx: bytes, before: Progress, own: Persisted | None) -> Settled:
         """Verify the outcome, apply it by own arithmetic, compare digests, save, and clean up."""
         number = before.round + 1
-        get = self._getting(number)
-        agreed = self._parts.home.promised_consent(number)
-        if agreed is None and self._epoch.folder is None and not self._terms.shared:  # restored: every silo's signature is there
-            agreed = agreed_set(self._witness, round_ctx, get)
-        judged = self._witness.judged(
-            document, before, round_ctx, own_header=own.header if own else None, consented=agreed, get=get,
-            fetch=vectors_of(self._parts.transport, number, wait_s=POLL_S), complained=complained(self._epoch.folder, round_ctx),
-        )  # fmt: skip
+        judged = self._judged(document, round_ctx, before, own)
         moved = judged.kind == "result" and own is not None and own.own and judged.stood != 0
         after = Progress(
             contract=self._parts.accepted.digest,
@@ -258,6 +272,26 @@ class Rounds:
             round=number, kind=judged.kind, reason=judged.reason, state=judged.state, upload_bytes=len(own.upload) if own else 0,
             stood=judged.stood,
         )  # fmt: skip
+
+    def _judged(self, document: bytes, round_ctx: bytes, before: Progress, own: Persisted | None) -> Judged:
+        """The outcome, verified. Pieces to be summed again that are not here, or not whole, are waited for half a deadline."""
+        parts, number = self._parts, before.round + 1
+        get, until = self._getting(number), parts.clock() + self._terms.sum.deadline_s / 2
+        agreed = parts.home.promised_consent(number)
+        if agreed is None and self._epoch.folder is None and not self._terms.shared:  # restored: every silo's signature is there
+            agreed = agreed_set(self._witness, round_ctx, get)
+        while True:
+            try:
+                return self._witness.judged(
+                    document, before, round_ctx, own_header=own.header if own else None, consented=agreed, get=get,
+                    fetch=vectors_of(parts.transport, number, wait_s=POLL_S),
+                    unseen=lambda claimed: self._unseen(claimed, own is not None),
+                )  # fmt: skip
+            except TrustError as error:
+                if error.code != "withheld" or parts.clock() >= until:
+                    raise
+            parts.pulse()
+            time.sleep(_PAUSE_S)
 
     def _finish(self, progress: Progress) -> None:
         """What follows a saved state: chain, ledger, secrets, acknowledgement. Repeatable, so a crash between them is harmless."""

@@ -130,16 +130,16 @@ def check_agreed(outcome: Outcome, frozen: Frozen, consented: bytes | None) -> N
 
 def audited_total(
     outcome: Outcome, audit: Audit, claimed: Claimed, *, accepted: Accepted, epoch_ctx: bytes, fetch: Fetch,
-    complained: frozenset[int],
+    unseen: frozenset[int],
 ) -> Integers:  # fmt: skip
     """The lifted sum (d,) of a result whose slices were audited: of every segment t_c + 1 of its auditors say that it is right.
 
-    Segments of which anybody complained, this silo included, are summed again here.
+    Segments of which anybody complained, and ``unseen`` ones, are summed again here.
 
     Raises:
         TrustError: too few say so, the outcome is not what they audited, or a complaint is right.
     """
-    again = audits.check_audit(audit, claimed, accepted=accepted, epoch_ctx=epoch_ctx) | complained
+    again = audits.check_audit(audit, claimed, accepted=accepted, epoch_ctx=epoch_ctx) | unseen
     audits.check_total(outcome, claimed)
     audits.check_again(sorted(again), claimed, fetch)
     return ring.lift(np.frombuffer(outcome.total, dtype="<u4"))

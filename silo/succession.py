@@ -13,14 +13,15 @@ aggregator may withhold one, and then everybody goes on with the one before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from privacy import chain, envelope
 from privacy.chain import Lineage, Version
 from privacy.changes import changes
-from privacy.errors import ConfigError, Equivocation, RoundError, TrustError
-from privacy.federation import Accepted, Member
+from privacy.errors import ConfigError, Equivocation, RoundError, SiloquyError, TrustError
+from privacy.federation import Accepted, Guardian, Member
 from privacy.identity import keys
 from privacy.messages import AGGREGATOR, Signed, decode
 from silo import keyring, session
@@ -33,11 +34,13 @@ from silo.transport import Transport
 class Fetched:
     """A chain as it stands on the board: verified, all versions in effect but the newest countersigned by all their members.
 
-    ``documents`` are all versions, also those that were passed over.
+    ``documents`` are all versions, also those that were passed over. ``crossed``: members of the newest with another key than
+    before, whose old key signed for it.
     """
 
     lineage: Lineage
     documents: tuple[Version, ...]
+    crossed: frozenset[int] = frozenset()
 
     @property
     def newest(self) -> Accepted:
@@ -83,7 +86,7 @@ def fetch(transport: Transport, pinned: str, *, home: Home | None = None) -> Fet
     ]
     if len(lineage.every) > 1:
         _check_pinned(lineage, pinned)
-    return Fetched(lineage=lineage, documents=tuple(found))
+    return Fetched(lineage=lineage, documents=tuple(found), crossed=frozenset(_crossed(transport, lineage)))
 
 
 def kept_pin(home: Home) -> str:
@@ -120,8 +123,12 @@ def in_words(fetched: Fetched) -> list[str]:
     ]
     lines.append(f"follows version {before.terms.version}, {before.digest.hex()[:16]}…; what changes:")
     lines += [f"  {each}" for each in said]
-    if any("has a new key" in each for each in said):
-        lines.append("a new key that its old one does not sign for was lost or taken: call that organisation before you agree")
+    for party in _with_new_keys(before, after):
+        stated = f"the old key of {party.name} ({party.id})"
+        lines.append(
+            f"{stated} signed for the new one" if party.id in fetched.crossed else
+            f"{stated} has NOT signed for the new one: if it was lost or taken, call {party.organisation} before you agree"
+        )  # fmt: skip
     return lines
 
 
@@ -144,8 +151,9 @@ def ancestors(home: Home, accepted: Accepted) -> dict[bytes, Accepted]:
 def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, Member, keys.Identity]:
     """The version this silo works under, as which member, with which key.
 
-    That of the newest epoch whose call it sees, once no round of an older one needs settling. Before any epoch the newest version
-    that all members countersigned. Without a transport that of its state; before its first round the newest it countersigned.
+    That of the newest epoch whose call it sees, once no round of an older one needs settling. Before any epoch, or while the newest
+    is of a version from before this silo came, the newest version that all members countersigned. Without a transport that of its
+    state; before its first round the newest it countersigned.
 
     Raises:
         ConfigError: the silo has joined none.
@@ -162,7 +170,8 @@ def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, M
     chosen = joined.get(progress.contract if progress is not None else b"", list(joined.values())[-1])
     if transport is not None:
         called = newest_call(home, transport)
-        if called is None:
+        own = list(joined.values())[-1]
+        if called is None or (called[1] not in joined and called[1] in ancestors(home, own)):  # it came later: its epoch will come
             chosen = next((each for each in reversed(joined.values()) if _is_agreed(home, transport, each)), chosen)
         elif called[1] in joined:
             chosen = joined[called[1]]
@@ -229,6 +238,30 @@ def _is_open(home: Home, transport: Transport, context: bytes) -> bool:
 def _call(transport: Transport, number: int) -> tuple[int, bytes] | None:
     raw = transport.get("epoch", number, AGGREGATOR, wait_s=0)
     return None if raw is None else (number, decode(raw, Signed).context)
+
+
+def _with_new_keys(before: Accepted, after: Accepted) -> Iterator[Member | Guardian]:
+    """Who stands in both and does not sign with the key it had. A guardian that is no silo countersigns nothing."""
+    old: dict[int, Member | Guardian] = {member.id: member for member in before.terms.member}
+    old |= {guardian.id: guardian for guardian in before.terms.guardian}
+    parts = after.terms.silo_guardians.values()
+    now: list[Member | Guardian] = [*after.terms.member, *(each for each in after.terms.guardian if each not in parts)]
+    for party in now:
+        had = old.get(party.id, party)
+        if party.sign_key != had.sign_key or had.ml_dsa_key not in ("", party.ml_dsa_key):
+            yield party
+
+
+def _crossed(transport: Transport, lineage: Lineage) -> Iterator[int]:
+    """Members with a new key whose countersignature of the newest version is there, and has their old key's signature too."""
+    if lineage.before is None:
+        return
+    for party in _with_new_keys(lineage.before, lineage.newest):
+        raw = transport.get("countersignature", lineage.newest.terms.version, party.id, wait_s=0)
+        if raw is not None and isinstance(party, Member):
+            with contextlib.suppress(SiloquyError):
+                if chain.open_countersignature(raw, lineage.newest, party, before=lineage.before):
+                    yield party.id
 
 
 def _countersignatures(transport: Transport, accepted: Accepted) -> Mapping[int, bytes]:

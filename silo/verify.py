@@ -125,7 +125,7 @@ def verify(
         MachineError, NotCertified: see privacy.audit.whole.
     """
     home = Home(root)
-    own = _own(home) if home.ledger_path.exists() else None
+    own = _own(home)
     if own is None and folder is None and not url and not home.config_path.exists():
         raise ConfigError(
             f"there is no silo in {root}", hint="name its directory, or a folder of evidence with --folder", code="no-home"
@@ -134,7 +134,7 @@ def verify(
     papers = None if report is None else read_report(report)
     with _source(home, own, url=url, folder=folder) as (source, fetch, before, entries):
         record = None if papers is None else papers[0]
-        also = functools.partial(_also, own=own, fetch=fetch, entries=entries, report=record)
+        also = functools.partial(_also, home=home, own=own, fetch=fetch, entries=entries, report=record)
         return whole.audit(
             source, pinned=pinned, rounds=rounds, before=before, also=also, report=papers, again=again, at_least=at_least
         )
@@ -190,6 +190,7 @@ def _also(
     versions: Mapping[bytes, Accepted],
     rounds: Sequence[RoundFacts],
     *,
+    home: Home,
     own: Own | None,
     fetch: Fetch,
     entries: Sequence[Entry],
@@ -198,12 +199,17 @@ def _also(
     known = None if own is None else _own_head(own.home)
     check_log(found, versions, rounds, fetch=fetch, entries=entries, report=report, known=known)
     if own is None:
-        found.add(Slot("ledger", 0, 0), "chain", "note", "no silo's home was given: no ledger was checked")
+        took_part = home.ledger_path.is_file() and home.ledger_path.read_bytes().count(b"\n") > 1
+        why = "a ledger is here, and no contract with a key of this silo" if took_part else "no silo's home was given"
+        found.add(Slot("ledger", 0, 0), "chain", "open" if took_part else "note", f"{why}: no ledger was checked")
         return
     found.hold(Slot("contract", own.accepted.terms.version, AGGREGATOR), "joined", _check_joined, own.accepted, versions)
     check_ledger(found, rounds, path=own.home.ledger_path, verify=keyring.verifier(own.home), silo=own.silo)
     if own.progress is not None:
-        found.hold(Slot("state", own.progress.round, own.silo), "own state", _check_progress, own.progress, rounds)
+        settled = next((each for each in rounds if each.number == own.progress.round), None)
+        unknown = settled is not None and settled.how != "open" and not settled.state  # something before it failed, by its name
+        held = None if unknown else own.progress
+        found.hold(Slot("state", own.progress.round, own.silo), "own state", _check_progress, held, rounds)
 
 
 def _own_head(home: Home) -> Checkpoint | None:
@@ -219,12 +225,12 @@ def _check_joined(accepted: Accepted, versions: Mapping[bytes, Accepted]) -> Non
 
 
 def _check_progress(progress: Progress, rounds: Sequence[RoundFacts]) -> None:
-    """The state this silo reached is the one that the documents give after the same round."""
-    states = {each.number: each.state for each in rounds}
+    """The state this silo reached is the one that the documents give after the same round, which ended for this silo."""
+    states = {each.number: each.state for each in rounds if each.how != "open"}
     if progress.round and progress.round not in states:
         raise refused(f"this silo settled round {progress.round}, the documents end with {max(states, default=0)}")
     reached = states.get(progress.round, "")
-    if reached and reached != progress.state.digest.hex():
+    if progress.round and reached != progress.state.digest.hex():
         raise refused(
             f"this silo has {progress.state.digest.hex()[:16]}… after round {progress.round}, the documents give {reached[:16]}…"
         )

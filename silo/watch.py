@@ -12,7 +12,8 @@ manifest must name it.
 - *One log for all*: a round is taken part in only on a head that q parties cosigned, each of which checked the same. In consent
   mode these are all members, so no two silos are in one round on different logs.
 - *Nothing dropped or changed*: a head is refused if an outcome that this silo settled, the roster of its epoch, or the
-  contract that it joined, is not a leaf with the same digest once it is due. The first head is checked like every other.
+  contract that it joined, is not a leaf with the same digest once it is due. The first head is checked like every other. A newer
+  version is due in the head after the first round that this silo opens under it: the head of that round may be older.
 - *Receipts*: every outcome and own upload that is in the log leaves a receipt that anybody can check without the log; an own upload
   that is not there leaves a signed complaint.
 - *Full stop*: two signed heads of which the tiles prove that one is not the beginning of the other are kept in one file, and while
@@ -141,6 +142,7 @@ class Watch:
                 "the aggregator was put back to an earlier time: it must restore its newest state",
             )  # fmt: skip
         tiles = self._grown(found, last, note)
+        self._expect_newer(number)
         settled = [self._place(each, number, tiles, found, last) for each in self._expected()]
         for each, index in settled:
             if index is not None or each.due <= number:
@@ -222,6 +224,13 @@ class Watch:
             slot = ("contract", kept[0], AGGREGATOR)
             yield _Expected(path=self._folder / "contract", slot=slot, digest=hashlib.sha256(kept[1]).digest(), due=0)
 
+    def _expect_newer(self, number: int) -> None:
+        """In the first round under a newer version: its contract must be in the head after it."""
+        version = self._terms.version
+        kept = dict(self._home.contracts()).get(version) if version > 1 and self._before() else None
+        if kept is not None and not (self._folder / f"receipt-contract-{version}").is_file():
+            expect(self._home, "contract", version, AGGREGATOR, kept, due=number + 1)
+
     def _place(
         self, each: _Expected, number: int, tiles: Tiles, found: Checkpoint, last: Checkpoint
     ) -> tuple[_Expected, int | None]:
@@ -241,7 +250,7 @@ class Watch:
         kind, number, _ = each.slot
         if index is None:
             self._complain(each, note)
-        elif kind in _RECEIPTS:
+        elif kind in _RECEIPTS or (kind == "contract" and number > 1):
             files.write_atomic(self._folder / f"receipt-{kind}-{number}", log.receipt(tiles, index, note))
         each.path.unlink(missing_ok=True)
 

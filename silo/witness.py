@@ -109,7 +109,8 @@ class Witness:
 
     def judged(
         self, document: bytes, before: Progress, round_ctx: bytes, *, own_header: bytes | None, consented: bytes | None,
-        get: Callable[[Stage], bytes | None], fetch: Fetch, complained: frozenset[int] = frozenset(),
+        get: Callable[[Stage], bytes | None], fetch: Fetch,
+        unseen: Callable[[Claimed], frozenset[int]] = lambda _: frozenset(),
     ) -> Judged:  # fmt: skip
         """How the round after ``before`` ended, verified, and what follows from it by this silo's own arithmetic.
 
@@ -118,7 +119,8 @@ class Witness:
             consented: the digest of the set it consented to, in consent mode.
             get: the round's other documents of the aggregator.
             fetch: bytes of the silos' published vectors, where slices are audited.
-            complained: the segments that this silo itself found wrong or withheld.
+            unseen: the segments of the claim that this silo must sum itself before it applies anything: those it found wrong or
+                withheld, and those at which it has not looked yet.
 
         Raises:
             TrustError: the outcome is of another round, does not hold, or names another state than this silo computes.
@@ -137,7 +139,7 @@ class Witness:
             if terms.shared:
                 consented = self._certified(frozen, get)
                 stood = len(frozen.headers) if self.silo in frozen.headers else 0
-            total = self._total(outcome, frozen, consented, get, fetch, complained)
+            total = self._total(outcome, frozen, consented, get, fetch, unseen)
             if total is not None:
                 state = next_state(before.state, total, terms, silos=len(frozen.headers))
             kind = "rejected" if state is before.state else "result"
@@ -151,16 +153,23 @@ class Witness:
         return Judged(kind=kind, reason=outcome.reason, state=state, digest=hashlib.sha256(body).digest(), stood=stood)
 
     def claimed(self, frozen: Frozen, get: Callable[[Stage], bytes | None]) -> Claimed:
-        """What the aggregator claims of the sum over the set. Raises TrustError: there is no claim, or it does not hold."""
+        """What the aggregator claims of the sum over the set, and whom the certificate, which is verified, picks to audit it.
+
+        Raises:
+            TrustError: there is no claim, or it or the certificate does not hold.
+        """
         certificate, document = get("certificate"), get("claim")
         if certificate is None or document is None:
             raise TrustError("a round has a result and no claim of its sum", hint="the aggregator is faulty", code="no-claim")
-        digest = hashlib.sha256(self.open(certificate, "certificate")).digest()
+        picks = self.open(certificate, "certificate")
+        stated = decode(picks, Certificate)
+        guardian_sum.check_certificate(stated, frozen, accepted=self.accepted, epoch_ctx=self.epoch.context)
+        digest = hashlib.sha256(picks).digest()
         return audits.check_claim(self.open(document, "claim"), frozen, certificate=digest, terms=self.accepted.terms)
 
     def _total(
         self, outcome: Outcome, frozen: Frozen, consented: bytes | None, get: Callable[[Stage], bytes | None], fetch: Fetch,
-        complained: frozenset[int],
+        unseen: Callable[[Claimed], frozenset[int]],
     ) -> Integers | None:  # fmt: skip
         """The sum of a result, verified; None where slices are audited and too few auditors bore it out: then nothing moves."""
         if not self.accepted.terms.sliced:
@@ -171,9 +180,10 @@ class Witness:
         document = get("audit")
         if document is None:
             raise TrustError("a round has a result and no audit", hint="the aggregator is faulty", code="no-audit")
+        claimed = self.claimed(frozen, get)
         return audited_total(
-            outcome, decode(self.open(document, "audit"), Audit), self.claimed(frozen, get), accepted=self.accepted,
-            epoch_ctx=self.epoch.context, fetch=fetch, complained=complained,
+            outcome, decode(self.open(document, "audit"), Audit), claimed, accepted=self.accepted,
+            epoch_ctx=self.epoch.context, fetch=fetch, unseen=unseen(claimed),
         )  # fmt: skip
 
     def _ended(self, outcome: Outcome, round_ctx: bytes) -> Ending:

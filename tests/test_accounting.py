@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +164,25 @@ def test_pld_agrees_with_opacus_prv_within_its_error(rate, sigma, steps):
     prv = PRVAccountant()
     prv.history = [(sigma, rate, steps)]
     assert epsilon_pld([lattice(rate, sigma, steps)], DELTA) == pytest.approx(prv.get_epsilon(DELTA, eps_error=0.01), abs=0.011)
+
+
+def test_no_central_limit_accountant_is_ever_asked():
+    """It under-reports. What is used of other libraries is the pessimistic PLD, the RDP curve and nothing else."""
+    root, used = Path(accounting.__file__).parents[2], set()
+    rooms = [root / room for room in ("privacy", "silo", "aggregator", "cli")]
+    texts = [path.read_text(encoding="utf-8") for room in rooms for path in room.rglob("*.py")]
+    for text in texts:
+        if not re.search("dp_accounting|opacus|prv_accountant", text):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            used |= {name for name in names if name.split(".")[0] in ("dp_accounting", "opacus", "prv_accountant")}
+    assert used == {
+        "dp_accounting.pld.privacy_loss_distribution", "dp_accounting.pld.privacy_loss_distribution.PrivacyLossDistribution",
+        "dp_accounting.rdp.rdp_privacy_accountant._compute_rdp_poisson_subsampled_gaussian",
+    }  # fmt: skip
 
 
 def test_own_curve_keeps_its_digits_near_zero():

@@ -14,10 +14,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privacy import federation
 from privacy.errors import ConfigError, MachineError
 from silo.learning import basis
 from silo.learning.basis import GRID, digest, factors, random_basis, weights_basis
 from tests import tiny_models
+from tests.terms import contract_bytes
 
 
 def matrix(m: int, n: int, seed: int = 0) -> np.ndarray:
@@ -187,6 +189,13 @@ def test_the_contract_chooses_the_basis() -> None:
     weight = matrix(12, 10).astype(np.float32)
     chosen = {kind: digest({"x": factors(tiny_models.terms(["x"], basis=kind), "x", weight)}) for kind in ("weights", "random")}
     assert chosen["weights"] == digest({"x": weights_basis(weight.astype(np.float64), 3)}) != chosen["random"]
+
+
+@pytest.mark.parametrize("kind", ["gradients", "data", "dp-gradients", ""])
+def test_a_basis_from_anybodys_records_is_no_choice(kind: str) -> None:
+    """Such a start would be a release of its own. Both choices there are come from public bytes alone."""
+    with pytest.raises(ConfigError, match="basis"):
+        federation.parse(contract_bytes(adapter={"basis": kind}))
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((4, 9), 0), ((4, 9), 5), ((4,), 1), ((4, 4, 4), 1)])

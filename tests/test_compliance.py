@@ -50,6 +50,23 @@ def test_epsilon_can_be_computed_again_from_the_event_in_the_report():
     assert accounting.certify([event.with_steps(24)], DELTA).epsilon == report.accounting.spent.epsilon
 
 
+def test_the_profile_holds_epsilon_at_the_contracts_delta_and_at_1e_5():
+    report, terms = small(), contract(rounds=4).terms
+    event = federation.mechanism(terms, shares=2)
+    points = {point.delta: (point.spent, point.plan) for point in report.accounting.profile}
+    for delta in (DELTA, 1e-5):
+        assert points[delta] == tuple(accounting.certify([event.with_steps(steps)], delta).epsilon for steps in (3, 4)), delta
+    assert points[1e-5] < points[DELTA]
+
+
+@pytest.mark.parametrize("unit", ["record", "patient_id"])
+def test_the_report_names_unit_and_neighbours_of_every_contract(unit):
+    guarantee = small(unit=unit).guarantee
+    assert guarantee.unit
+    assert "added to or removed from the records of one silo" in guarantee.relation
+    assert ("patient_id" in guarantee.relation) == (unit == "patient_id")
+
+
 def test_a_silo_is_charged_for_every_round_that_holds_its_upload_void_ones_too():
     assert [silo.spent.steps for silo in sample().silos] == [24, 24, 23]
     report = make(contract(rounds=4), run(4, void=(2,), missing=(3,)))

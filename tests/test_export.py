@@ -21,6 +21,7 @@ import safetensors.numpy
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from transformers import AutoModel, BertForTokenClassification
 
 from privacy import base_model, envelope, federation, update_rule
@@ -147,6 +148,18 @@ def test_exactly_the_contracts_modules_are_adapted_with_factor_one(kind, tmp_pat
     assert set(layers) == {f"{prefix}.{name}" for name in modules}
     assert all(layer.scaling == {"default": 1.0} for layer in layers.values())
     assert all(layer.fan_in_fan_out is (kind == "gpt2") for layer in layers.values())
+
+
+def test_the_files_hold_the_model_and_nothing_of_the_training(tmp_path):
+    """A, R·B and head, with one line of metadata: no optimiser, no step before noise, no clock."""
+    one = made(tmp_path, sessions.tiny_model(tmp_path / "model"), tiny_models.MODULES["bert"])
+    folder = one.write()
+    assert {path.name for path in folder.iterdir()} == {"README.md", export.WEIGHTS, "adapter_config.json"}
+    with safe_open(folder / export.WEIGHTS, framework="np") as weights:
+        assert weights.metadata() == {"format": "pt"}
+        names = set(weights.keys())
+    assert len(names) == 2 * len(tiny_models.MODULES["bert"]) + 2
+    assert all(re.search(r"(lora_[AB]|classifier|score)\.(weight|bias)$", name) for name in names), names
 
 
 def test_an_adapter_without_modules_is_a_head(tmp_path):

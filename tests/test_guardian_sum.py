@@ -656,6 +656,28 @@ def test_vectors_and_seeds_are_those_of_the_set(a_round: Round) -> None:
             guardian_sum.unmask(some, other, certified)
 
 
+def test_a_partial_unmask_is_refused_and_would_open_nothing() -> None:
+    """Two vectors and seeds of three: refused at every door; and where code forgets to refuse, the third one's pair masks stay."""
+    zeros = Round(an_epoch(hidden=8192), xs={i: np.zeros(16394, dtype=np.uint32) for i in (1, 2, 3)})
+    certified = zeros.certified()
+    vectors, seeds = ({i: getattr(zeros.made[i], name) for i in (1, 2)} for name in ("y", "self_seed"))
+    with pytest.raises(TrustError, match=r"vectors of silos \[1, 2\] for a set of \[1, 2, 3\]"):
+        guardian_sum.unmask(vectors, seeds, certified)
+    with pytest.raises(TrustError):
+        zeros.check_freeze(Freeze(round_ctx=zeros.ctx, headers=zeros.freeze().headers[:2]))
+    headers = {i: zeros.made[i].header for i in (1, 2)}
+    forgetful = Certified(frozen=Frozen(round_ctx=zeros.ctx, digest=bytes(32), headers=headers))
+    assert looks_uniform(guardian_sum.unmask(vectors, seeds, forgetful))
+    two = vectors[1] + vectors[2]
+    with pytest.raises(TrustError, match="for a set of"):
+        guardian_sum.check_total(two, vectors, seeds, certified.frozen)
+    everyones, all_seeds = {**vectors, 3: zeros.made[3].y}, {**seeds, 3: zeros.made[3].self_seed}
+    with pytest.raises(TrustError, match="is not the sum of the vectors"):
+        guardian_sum.check_total(two, everyones, all_seeds, certified.frozen)
+    with pytest.raises(TrustError):  # nobody releases a seed for the set without the third: there is no certificate for it
+        zeros.check_certificate(zeros.certificate(certified.frozen), forgetful.frozen)
+
+
 def test_an_upload_opens_in_its_own_round_attempt_and_silo_only(a_round: Round) -> None:
     def opened(made: Attempt, *, data: bytes | None = None, beside: bytes | None = None, **place) -> np.ndarray:
         info = guardian_sum.upload_info(**{"round_ctx": a_round.ctx, "silo": 2, "header": made.raw, **place})

@@ -22,7 +22,7 @@ from tests import crash, sessions, whole
 from tests.crash import Others
 
 pytestmark = pytest.mark.slow
-CONSENT_MODE = set(KINDS) - whole.GUARDIAN_KINDS - whole.SLICE_KINDS
+CONSENT_MODE = set(KINDS) - whole.GUARDIAN_KINDS - whole.SLICE_KINDS - {"refusal", "report"}  # none is refused, none reported
 
 
 def names(sites) -> set[str]:

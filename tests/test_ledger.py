@@ -220,6 +220,15 @@ def test_a_missing_or_empty_ledger_is_never_taken_for_a_new_one(tmp_path):
         Ledger.create(path, who="silo-1", **parts())
 
 
+def test_a_ledger_that_cannot_be_read_is_named_and_never_taken_for_a_missing_one(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.mkdir()
+    for use in (lambda: ledgers.is_begun(path), lambda: reopened(path), lambda: History.read(path, verify=verify)):
+        with pytest.raises(MachineError, match="cannot read") as caught:
+            use()
+        assert caught.value.code == "cannot-read"
+
+
 # --- Crashes ------------------------------------------------------------------------------------------------------------
 
 

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +23,6 @@ from tests.test_guides import free_port
 
 GUIDE = Path(__file__).parents[1] / "docs/guides/members.md"
 FIRST = ("north", "south", "west", "east")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,18 +34,15 @@ class Desk:
         self.root, self.running, self.fingerprint, self.port = root, [], "", free_port()
 
     def words(self, line: str) -> list[str]:
-        found = shlex.split(line.replace("8470", self.port).replace("$FINGERPRINT", self.fingerprint))
-        return [sys.executable, "-m", f"cli.{found[0]}", *found[1:]]
+        return shlex.split(line.replace("8470", self.port).replace("$FINGERPRINT", self.fingerprint))
 
     def run(self, line: str) -> str:
-        done = subprocess.run(
-            self.words(line), cwd=self.root, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
+        done = sessions.finish(*self.words(line), cwd=self.root, timeout_s=240)
+        assert done.code == 0, f"{line}\n{done.out}{done.err}"
+        return done.out + done.err
 
-    def start(self, line: str) -> subprocess.Popen:
-        child = subprocess.Popen(self.words(line), cwd=self.root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    def start(self, line: str) -> sessions.Started:
+        child = sessions.start(*self.words(line), cwd=self.root, out=self.root / f"terminal-{len(self.running)}.txt")
         self.running.append(child)
         return child
 

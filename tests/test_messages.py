@@ -4,7 +4,9 @@
 import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -79,6 +81,48 @@ def test_digests_of_another_length_are_refused() -> None:
 
 def test_every_aggregator_kind_is_a_kind() -> None:
     assert set(messages.KINDS) >= messages.AGGREGATOR_KINDS
+
+
+def parts(kind: object) -> Iterator[object]:
+    """The plain types that a field's type is made of."""
+    inside = get_args(kind)
+    if not inside or str(get_origin(kind)) == "typing.Literal":
+        yield kind
+    for each in inside if str(get_origin(kind)) != "typing.Literal" else ():
+        yield from parts(each)
+
+
+def test_no_wire_type_has_a_place_for_a_float() -> None:
+    """Whatever leaves a silo is integers and bytes, and of words those of a fixed list: vectors go as words of the ring."""
+    assert {int, bytes} <= set(parts(get_type_hints(messages.Header)["bundles"])), "the walk sees into tuples"
+    for kind in messages.Wire.__subclasses__():
+        for name, stated in get_type_hints(kind).items():
+            assert not [each for each in parts(stated) if each in (float, complex, object)], (kind, name)
+
+
+SAID_BY_A_SILO = {
+    "Countersignature": "contract member former",
+    "EpochNote": "contract epoch silo instance seed_key dh_key basis",
+    "PairSeeds": "epoch silo sealed",
+    "Confirmation": "epoch silo tags",
+    "Upload": "header sealed bundles",
+    "Header": "round_ctx silo attempt ledger_counter dimension root self_commitment pair_commitments bundles",
+    "Consent": "round_ctx silo frozen",
+    "Release": "round_ctx silo frozen sealed",
+    "SegmentVerdict": "round_ctx silo claim right wrong withheld",
+    "Acknowledgement": "round_ctx silo outcome state",
+}
+"""Every field that a silo fills in: public names and numbers, digests, commitments, sealed bytes. No count, loss, norm or time."""
+
+
+def test_what_a_silo_says_has_these_fields_and_no_others() -> None:
+    """A count of records, a loss, a norm or a duration would need a field, and an entry above: think before you add one."""
+    for name, fields in SAID_BY_A_SILO.items():
+        assert list(getattr(messages, name).__struct_fields__) == fields.split(), name
+    silo_or_guardian = {"Listing", "Endorsement", "Shares", "Close", "GuardianNote"}
+    aggregators = {"EpochCall", "Roster", "Manifest", "Freeze", "Certificate", "Vector", "SumClaim", "Audit", "Outcome"}
+    of_this_file = {kind.__name__ for kind in messages.Wire.__subclasses__() if kind.__module__ == messages.__name__}
+    assert of_this_file == SAID_BY_A_SILO.keys() | silo_or_guardian | aggregators | {"Signed"}
 
 
 FIRST_USES = """

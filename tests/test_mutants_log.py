@@ -10,11 +10,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privacy import federation
+from privacy.chain import Lineage
 from privacy.errors import TrustError
 from privacy.messages import encode
 from privacy.transparency import log, notes, proofs, tree
 from privacy.transparency.notes import COSIGNATURE, ED25519, Checkpoint, Line, Note, VerifierKey
 from tests.terms import contract_bytes, public, seed
+from tests.test_chain import SILOS, contract
 
 LEAVES = [proofs.leaf_hash(bytes([index])) for index in range(4)]
 FIRST, SECOND, BOTH = LEAVES[0], LEAVES[1], proofs.node_hash(LEAVES[0], LEAVES[1])
@@ -164,3 +166,20 @@ def test_only_a_range_that_is_a_subtree_has_proofs() -> None:
     tree.verify_subtree_inclusion(LEAVES[2], 2, 2, 4, [LEAVES[3]], proofs.node_hash(LEAVES[2], LEAVES[3]))
     with pytest.raises(TrustError):
         tree.verify_subtree_inclusion(LEAVES[1], 1, 1, 3, [LEAVES[2]], proofs.node_hash(LEAVES[1], LEAVES[2]))
+
+
+# --- the chain -----------------------------------------------------------------------------------------------------------
+
+
+def test_half_of_the_members_is_not_over_half_though_enough_for_a_sum() -> None:
+    """Three of six stay, who would hide each other; nobody's signature is looked at yet."""
+    six = {number: SILOS[number] for number in range(1, 7)}
+    first = contract(members=six)
+    for stay, enough in ((3, False), (4, True)):
+        after = contract(2, first.digest.hex(), {number: SILOS[number] for number in (*range(1, stay + 1), 7)})
+        if enough:
+            assert Lineage.begin(first).extended(after).newest == after
+            continue
+        with pytest.raises(TrustError, match="3 of the 6 members of version 1 stay") as caught:
+            Lineage.begin(first).extended(after)
+        assert caught.value.code == "chain-overlap"

@@ -12,9 +12,11 @@ from privacy.errors import SiloquyError, TrustError
 from privacy.federation import Guardian
 from privacy.identity import curve25519, keys, signatures
 from privacy.messages import Close, Header, PairSeeds, encode
-from privacy.secure_sum import epoch, guardian_sum, slices
+from privacy.secure_sum import blocks, choice, epoch, guardian_sum, slices
+from tests.sharing import FIRST
 from tests.terms import contract_bytes, public, seed
 from tests.test_epoch import confirmed
+from tests.test_freeze import bare_header, listing_of, terms_with
 from tests.test_guardian_sum import Round, an_epoch
 
 OTHER = keys.Identity(name="other", sign_seed=seed(99))
@@ -127,3 +129,33 @@ def test_a_segment_is_one_row_of_words_of_its_own_length() -> None:
     for words, segment in (*((each, 1) for each in other_types), *other_sizes):
         with pytest.raises(TrustError, match="words, its header gives"):
             slices.check_segment(words, proof, header, segment)
+
+
+# --- the rules of a set ---------------------------------------------------------------------------------------------------
+
+
+def test_no_list_names_no_silo_and_fewer_than_q_give_no_set_however_many_differ() -> None:
+    assert choice.agreed([]) == {}
+    silos = range(1, 15)
+    headers = {silo: bare_header(silo, silos, set()) for silo in silos}
+    lists = {FIRST + k: listing_of(FIRST + k, range(1, k + 3), headers) for k in range(choice.MOST_DIFFERENT_LISTS + 1)}
+
+    def chosen(quorum: int) -> object:
+        return choice.choose(headers, lists, round_ctx=bytes(32), silos=silos, terms=terms_with(quorum))
+
+    assert chosen(len(lists)) is not None
+    assert chosen(len(lists) + 1) is None
+
+
+def test_a_silo_that_a_list_names_is_not_called_absent_though_its_upload_is_not_stored() -> None:
+    silos = range(1, 6)
+    headers = {silo: bare_header(silo, silos, set()) for silo in silos}
+    lists = {FIRST: listing_of(FIRST, (1, 2, 3), headers), FIRST + 1: listing_of(FIRST + 1, (1, 2, 3, 5), headers)}
+    stored = {silo: headers[silo] for silo in (1, 2, 3)}
+    made = choice.choose(stored, lists, round_ctx=bytes(32), silos=silos, terms=terms_with(2))
+    assert made.left_out == ((4, "absent"), (5, "unlisted"))
+
+
+def test_a_smaller_block_that_stands_in_no_set_does_not_count_as_the_least() -> None:
+    assert blocks.least([(1, 2, 3)], ((1, 2, 3), (4, 5))) == 3
+    assert blocks.least([], ((1, 2, 3),)) == 0

@@ -91,4 +91,40 @@ def test_code_that_is_imported_already_is_refused() -> None:
 def test_every_entry_names_a_module_and_its_tests() -> None:
     for module, names in mutation.TESTS.items():
         assert mutation.source_of(module).exists(), module
-        assert any((mutation.ROOT / "tests" / f"{name}.py").exists() for name in names), module
+        assert mutation.mutants(module, mutation.source_of(module).read_text("utf-8")), f"{module} has nothing to take out"
+        for name in names:
+            file, _, one = mutation.place_of(name).partition("::")
+            text = (mutation.ROOT / "tests" / file).read_text("utf-8")
+            assert f"def {one}" in text, (module, name)
+    texts = {module: mutation.source_of(module).read_text("utf-8") for module in mutation.TESTS}
+    every = {each.name for module, text in texts.items() for each in mutation.mutants(module, text)}
+    assert set(mutation.EQUIVALENT) <= every, "of these nothing is said any more"
+
+
+RULE = """
+def chosen(lists, silos):
+    if not lists:
+        return []
+    found = [silo for silo in silos if silo in lists if silo > 1]
+    return found if len(found) > 1 or silos == [2] else []
+"""
+
+
+def test_in_a_module_of_rules_every_condition_is_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mutation.mutants("m", RULE) == []
+    monkeypatch.setattr(mutation, "RULES", ("m",))
+    questions = (([], [2]), ([2, 1, 3], [1, 2, 3]), ([2, 3], [2, 3, 4]), ([2], [2]), ([2], [1, 2]))
+
+    def answers(tree: ast.Module) -> list[list[int]]:
+        space: dict = {}
+        exec(compile(tree, "rule", "exec"), space)
+        return [space["chosen"](*each) for each in questions]
+
+    right = answers(ast.parse(RULE))
+    assert right == [[], [2, 3], [2, 3], [2], []]
+    found = mutation.mutants("m", RULE)
+    wrong = {mutant.name: answers(mutation.mutated(RULE, mutant)) for mutant in found}
+    assert len(wrong) == len(found) == 8
+    unnoticed = [name for name, said in wrong.items() if said == right]
+    assert unnoticed == ["m:chosen: never not lists"], "the rest of the rule gives nothing for no lists as well"
+    assert wrong["m:chosen: without silo > 1 in for silo in silos if silo in lists if silo > 1"][1] == [1, 2, 3]

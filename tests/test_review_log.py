@@ -202,10 +202,11 @@ def heads_of(first, then, *signers, opened=True):
 def test_heads_are_held_to_the_version_of_their_round():
     """After a rotation every earlier head of an honest federation failed: silo 2 had cosigned it with the key it had then."""
     first = parse(contract_bytes(4))
-    rotated = parse(contract_bytes(4, sign_keys=[public(1), public(22), public(3), public(4)], version=2, previous="ab" * 32))
+    signers = [public(1), public(22), public(3), public(4)]
+    rotated = parse(contract_bytes(4, sign_keys=signers, version=2, previous=first.digest.hex()))
     assert heads_of(first, rotated, 1, 2, 3, 4) == set()
     assert heads_of(first, rotated, 1, 2, 3, 4, opened=False) == set(), "the last head before the new version's first round"
-    smaller = parse(contract_bytes(3, version=2, previous="ab" * 32))
+    smaller = parse(contract_bytes(3, version=2, previous=first.digest.hex()))
     assert heads_of(first, smaller, 1, 2, 3, 4) == set()
     assert heads_of(first, smaller, 1, 2, 3) == {("head", 0)}, "three of four are no quorum, whatever a later version says"
 

@@ -21,6 +21,7 @@ from privacy.errors import MachineError, Replay
 from privacy.messages import Countersignature, decode, encode
 from privacy.transparency import log, notes
 from silo.transport import HttpTransport
+from tests import sessions
 from tests.federation import START, Federation, signed_by_hub, silo_identity
 
 
@@ -231,7 +232,8 @@ def test_many_long_polls_wait_together_and_end_when_the_service_stops(running):
     threads = [threading.Thread(target=poll) for _ in range(60)]  # more than the thread pool has
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    waiting = running.app.state.service.waiting
+    sessions.until(lambda: waiting.count == 60)
     start = time.monotonic()
     assert running.client.get("/v1/status").status_code == 200
     assert time.monotonic() - start < 5

@@ -10,6 +10,7 @@ import pytest
 
 from privacy.dp.entries import Void
 from privacy.messages import AGGREGATOR, Outcome, Signed, decode
+from tests import sessions
 from tests.carried import Carried
 from tests.whole import PowerCut, Whole
 
@@ -114,6 +115,7 @@ def test_two_silos_that_fall_are_one_too_many_and_nothing_is_released(ran, kind)
     def comes_back(silo):
         """q guardians must say that the round is over: one comes back, too late to upload."""
         falls(silo)
+        sessions.until(lambda: {3, 4} <= set(ran.store.parties("upload", 2)))  # they were in time, however slow the machine is
         ran.clock.skip(61.0)
         back.extend(ran.take_part(silo, 2))
 

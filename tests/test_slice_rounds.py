@@ -29,6 +29,7 @@ from privacy.errors import Replay, RoundError, TrustError
 from privacy.messages import AGGREGATOR, Audit, Outcome, SegmentVerdict, Signed, SumClaim, decode, encode
 from privacy.secure_sum import audits, guardian_sum, slices
 from privacy.secure_sum.audits import UNAUDITED
+from privacy.transparency import proofs
 from silo import auditing
 from silo.auditing import Auditor
 from silo.folder import FolderTransport
@@ -215,6 +216,8 @@ def test_bound_to_one_claim(claims):
         claims.check(good, wrong)
     with pytest.raises(TrustError, match="round"):
         claims.check(msgspec.structs.replace(good, round_ctx=b"r" * 32), claimed)
+    with pytest.raises(TrustError, match="the audit is for claim"):
+        claims.check(msgspec.structs.replace(good, claim=wrong.digest), claimed)
     true = claims.outcome(claimed)
     (silo, _), *rest = true.seeds
     for changes in (
@@ -238,6 +241,39 @@ def test_a_claim_is_held_to_the_set(claims):
     ):  # fmt: skip
         with pytest.raises(TrustError):
             claims.claim(**changes)
+
+
+def test_a_claim_is_held_to_each_segment_of_the_vectors(claims):
+    """Hashes of a higher row of the tree lead to the same root, and would bind the silo to other pieces than its header does."""
+    good = claims.claim().claim
+    silo, (first, second, third) = good.openings[0]
+    higher = (proofs.node_hash(first, second), third)
+    assert proofs.root_of_hashes(higher) == claims.frozen.headers[silo].root
+    with pytest.raises(TrustError, match=f"the openings of silo {silo}"):
+        claims.claim(openings=((silo, higher), *good.openings[1:]))
+
+
+def test_a_claim_shows_the_keys_of_the_pairs_with_a_missing_silo():
+    at = Claims(dropouts=2)
+    headers = {silo: header for silo, header in at.frozen.headers.items() if silo != 5}
+    at.frozen = guardian_sum.Frozen(round_ctx=at.frozen.round_ctx, digest=at.frozen.digest, silos=at.frozen.silos, headers=headers)
+    at.seeds = {silo: at.seeds[silo] for silo in headers}
+    openings = tuple((silo, slices.hashes(at.round.made[silo].y)) for silo in headers)
+    keys = tuple((silo, 5, at.round.made[silo].pair_keys[5]) for silo in headers)
+    assert at.claim(openings=openings, pair_keys=keys).spare == 1
+    wrong = (*keys[:-1], (4, 5, bytes(32)))
+    for shown, match in (((), "keys of 0 pairs"), (keys[1:], "keys of 3 pairs"), (keys[::-1], "keys of 4"), (wrong, "4")):
+        with pytest.raises(TrustError, match=match):
+            at.claim(openings=openings, pair_keys=shown)
+
+
+def test_a_verdict_of_a_stranger_is_refused_in_an_audit(claims):
+    claimed = claims.claim()
+    good = claims.audit(claimed, *(claims.find(silo, claimed) for silo in claims.frozen.headers))
+    stranger = decode(good.verdicts[-1], Signed)
+    raw = encode(msgspec.structs.replace(stranger, sender=77))
+    with pytest.raises(TrustError, match=r"verdicts of .*77"):
+        claims.check(msgspec.structs.replace(good, verdicts=(*good.verdicts, raw)), claimed)
 
 
 def test_a_segment_that_is_withheld_is_not_right(claims):

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import logging
 import os
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -133,6 +135,19 @@ def test_public_layout_no_unit_is_looked_at_while_starting(terms, units):
     seen = seen_while_starting(terms, units)
     assert seen
     assert seen == seen_while_starting(terms, units[:1]) == seen_while_starting(terms, [])
+
+
+def test_the_number_of_own_units_reaches_the_sampler_and_no_other_figure():
+    """In all that a step is made of: nothing is divided by it, scaled with it or written down. Those figures are the contract's."""
+    root, found = Path(training.__file__).parents[1], set()
+    for name in ("learning/training.py", "learning/local.py", "learning/gradients.py", "upload.py", "round.py", "participation.py"):
+        tree = ast.parse((root / name).read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        counts = [node for node in calls if ast.unparse(node.func) == "len" and ast.unparse(node.args[0]).endswith("units")]
+        for count in counts:
+            around = [node for node in calls if count in node.args]
+            found |= {(name, ast.unparse(node.func)) for node in around} or {(name, "by itself")}
+    assert found == {("learning/training.py", "poisson")}
 
 
 def test_its_own_in_a_length_between_the_shortest_and_the_longest():

@@ -568,12 +568,12 @@ def test_verify_takes_it_and_refuses_a_figure(finished, tmp_path) -> None:
         return {check.what for check in found.checks if check.status == "failed" and check.kind == "report"} - {"in the log"}
 
     rank = msgspec.structs.replace(facts.participation, rank=2)
-    assert failed(msgspec.structs.replace(facts, participation=rank)) == {"contents"}
+    assert failed(msgspec.structs.replace(facts, participation=rank)) == {"contents", "participation.rank"}
     reason = msgspec.structs.replace(facts.accounting, spent=msgspec.structs.replace(facts.accounting.spent, reason="small"))
-    assert failed(msgspec.structs.replace(facts, accounting=reason)) == {"no differential privacy"}
+    assert failed(msgspec.structs.replace(facts, accounting=reason)) == {"no differential privacy", "accounting.spent.reason"}
     figure = msgspec.structs.replace(facts.silos[0], spent=msgspec.structs.replace(facts.silos[0].spent, epsilon=1.0))
-    assert failed(msgspec.structs.replace(facts, silos=(figure, *facts.silos[1:]))) == {"no differential privacy"}
-    assert failed(msgspec.structs.replace(facts, warning="")) == {"no differential privacy"}
+    assert failed(msgspec.structs.replace(facts, silos=(figure, *facts.silos[1:]))) == {"no differential privacy", "contents"}
+    assert failed(msgspec.structs.replace(facts, warning="")) == {"no differential privacy", "NO_DIFFERENTIAL_PRIVACY"}
     stated = json.loads(written.read_bytes())
     stated["guarantee"]["delta"] = 1e-6
     bent = json.dumps(stated).encode()

@@ -106,9 +106,17 @@ def compare_report(
         sets = [each.stood for each in ended if each.stood]
         rank = _at(stated, "participation", "rank")
         found.expect(slot, "contents", [("rank of participation", rank, blocks.rank(sets))])
-        if again is not None:
-            found.add(slot, "every figure", "note", "none without differential privacy; rounds, state and sets are compared")
-        return
+    else:
+        _check_figures(found, slot, stated, figures)
+    if again is not None and _at(stated, "schema") == SCHEMA:
+        again(found, slot, report)
+    else:
+        why = f"of a record of {SCHEMA} everything can be compared, here only the figures above"
+        found.add(slot, "every figure", "note" if again is None else "open", why)
+
+
+def _check_figures(found: Findings, slot: Slot, stated: dict[str, Any], figures: Sequence[Spent]) -> None:
+    """Epsilon against each adversary, wherever the record says it."""
     last = figures[-1] if figures else None
     for name in ADVERSARIES:
         said = _at(_rows(stated), name, "spent", "epsilon")
@@ -118,10 +126,6 @@ def compare_report(
     for each in said:  # the same figure, where else it stands
         wanted = 0.0 if last is None else last.insiders
         found.hold(slot, "epsilon insiders", functools.partial(_check_figure, each, "insiders", wanted))
-    if again is not None and _at(stated, "schema") == SCHEMA:
-        again(found, slot, report)
-    else:
-        found.add(slot, "every figure", "note", f"of a record of {SCHEMA} everything is compared, here only the figures above")
 
 
 def _check_signature(report: bytes, signature: bytes, accepted: Accepted) -> None:

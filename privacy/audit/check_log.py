@@ -183,6 +183,7 @@ def _check_logged(found: Findings, rounds: Sequence[RoundFacts], seen: Mapping[S
     for each in rounds:
         kinds = ("manifest", "freeze", "certificate", "claim", "audit", "outcome")
         wanted = [Slot(kind, each.number, AGGREGATOR) for kind in kinds]
+        wanted += [] if each.accepted is None else [Slot("contract", each.accepted.terms.version, AGGREGATOR)]
         for slot in (*wanted, *(Slot("upload", each.number, silo) for silo in each.stood)):
             if slot not in seen and found.source.has(*slot):
                 found.add(slot, "leaf", "failed", "it is not in the log, whose heads cover its round")

@@ -46,7 +46,10 @@ from privacy.messages import AGGREGATOR, Manifest, Signed, decode
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What an audit found; rounds by how their sum was verified. ``state``: the model's digest in hex, "" when it is not known."""
+    """What an audit found; rounds by how their sum was verified. ``state``: the model's digest in hex, "" when it is not known.
+
+    ``spent``: after each round; nothing where only some rounds were asked in full, since nobody looked whom the others charged.
+    """
 
     checks: tuple[Check, ...]
     recomputed: tuple[int, ...]
@@ -134,7 +137,7 @@ def audit(
     facts = epochs(found, versions, _epochs_of(source, last))
     walked, state = _walk(found, facts, versions, last, rounds)
     _check_at_least(found, at_least, walked)
-    figures = check_budget.spent(walked)
+    figures = check_budget.spent(walked) if rounds is None else []
     if report is not None and versions:
         if rounds is None:
             _compare(found, report, versions, walked, figures, again)

@@ -16,10 +16,11 @@ audit, the outcome may be a result, and nobody applies one without it (``check_a
   segment's hash: verdicts of another round, set or claim are refused, and so is an outcome whose sum is not the claimed one.
 - *A segment that is withheld is not "right"*: an auditor that lacks a piece, or got one that is not its header's, says so.
 
-With more than t_c colluders every honest silo's own choice still looks at one segment in ``slices.OWN_ODDS``, and a segment that
-anybody complains of is summed again by all. Not promised: that a round ends with a result; auditors that fall silent, or lie that a
-segment is wrong, cost the round (it counts towards ``max_void_rounds``), and so does an aggregator that withholds. Spare auditors
-make up for as many silent silos as the set could still lose: |U| - u_min, none in consent mode.
+With more than t_c colluders every honest silo that took part still looks at one segment in ``slices.OWN_ODDS`` by its own choice,
+before it applies anything, and a segment that anybody complains of is summed again by all. Not promised: that a round ends with a
+result; auditors that fall silent, or lie that a segment is wrong, cost the round (it counts towards ``max_void_rounds``), and so
+does an aggregator that withholds. Spare auditors make up for as many silent silos as the set could still lose: |U| - u_min, none in
+consent mode.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ What they say, and what follows from it, is ``secure_sum.audits``.
 
 **Formal guarantees**
 
-- *Nobody chooses*: whose duty a segment is depends on the certificate's digest alone, which is fixed before the sum is known, and
-  every segment has t_c + 1 different auditors: t_c of them may be corrupt, and one still looks.
+- *Nobody chooses*: whose duty a segment is depends on the certificate's digest alone, and every segment has t_c + 1 different
+  auditors: t_c of them may be corrupt, and one still looks, whichever certificate it is.
 - *Same as the whole*: the words that ``sum_of_segment`` gives are those of the whole sum at their place, bit for bit.
 - *Held to the header*: words that pass ``check_segment`` are those of the vector to which the header is committed, or SHA-256
   collides.
 
-Not promised: that a segment nobody looked at is right, or that the auditors' choice is secret.
+Not promised: that a segment nobody looked at is right, that the auditors' choice is secret, or that it falls evenly: a certificate
+holds signatures of several parties, so the aggregator and a friend can try some until the auditors suit them.
 """
 
 from __future__ import annotations
