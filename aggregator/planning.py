@@ -91,8 +91,9 @@ def answer(question: Question) -> Answer:
     Raises:
         ConfigError: the numbers do not fit the ring.
         NotCertified: no noise reaches this epsilon.
-        PrivacyRefusal: epsilon or delta is no number of its range.
+        PrivacyRefusal: epsilon or delta is no number of its range, or delta is more than a contract may state for so many units.
     """
+    accounting.check_delta(question.delta, question.silos * question.units)
     sigma, event = _calibrated(question)
     plan = _ring(question, sigma)
     if question.local:

@@ -14,7 +14,7 @@ from cli import aggregator as cli
 from cli import errors
 from privacy import federation
 from privacy.dp import accounting
-from privacy.errors import ConfigError
+from privacy.errors import ConfigError, PrivacyRefusal
 from tests.test_enrolment import TERMS, made
 
 ASKED = Question(epsilon=3.0, delta=1e-5, steps=75, sampling_rate=0.2, silos=3, units=1000, dimension=6914)
@@ -58,6 +58,13 @@ def test_rounds_grow_to_the_whole_plan():
 def test_a_question_without_an_answer_is_refused(changes):
     with pytest.raises(ConfigError):
         replace(ASKED, **changes)
+
+
+def test_a_delta_that_no_contract_may_state_is_refused():
+    with pytest.raises(PrivacyRefusal, match="at most 1e-05"):
+        planning.answer(replace(ASKED, delta=2e-5))
+    with pytest.raises(PrivacyRefusal, match="3000000 units"):
+        planning.answer(replace(ASKED, units=1_000_000))
 
 
 def test_plans_are_compared_at_an_epsilon_only():
