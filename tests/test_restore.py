@@ -17,7 +17,7 @@ from privacy.messages import AGGREGATOR, Header, Signed, Upload, decode
 from privacy.transparency import log, notes
 from silo import config, restoring
 from silo.home import Home
-from tests import crash, test_guardian
+from tests import crash, sessions, test_guardian
 from tests.sessions import Terminal
 from tests.test_service import Running
 from tests.whole import PATIENCE_S, PowerCut, Whole, contribution, together
@@ -110,8 +110,13 @@ def go_on(whole, last, **options):
             coordinator.new_epoch()
             return [coordinator.run_round(number) for number in range(coordinator.next_round, last + 1)]
 
-    jobs = [functools.partial(whole.take_part, silo, last, **options) for silo in whole.silos]
-    *settled, closed = together(*jobs, coordinate)
+    before = whole.store.latest("epoch")
+
+    def takes_part(silo):
+        sessions.until(lambda: whole.store.latest("epoch") != before)  # the old one is settled, and says so
+        return whole.take_part(silo, last, **options)
+
+    *settled, closed = together(*(functools.partial(takes_part, silo) for silo in whole.silos), coordinate)
     return dict(zip(whole.silos, settled, strict=True)), closed
 
 
