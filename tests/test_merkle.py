@@ -78,18 +78,3 @@ def test_a_leaf_is_not_a_node() -> None:
 def test_leaves_hashed_in_threads_give_the_definition(leaves):
     data = os.urandom(LEAF_BYTES * (leaves - 1) + 1)
     assert root(data) == by_the_page.root([data[i : i + LEAF_BYTES] for i in range(0, len(data), LEAF_BYTES)])
-
-
-def test_a_forked_process_hashes_long_vectors_too():
-    """The threads that hash leaves do not come along; a child that waited for them would wait for ever."""
-    data = bytes(40 * LEAF_BYTES)
-    expected = root(data)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, root(data))
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        assert pipe.read() == expected
-    assert os.waitpid(child, 0)[1] == 0

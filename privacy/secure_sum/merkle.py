@@ -7,7 +7,6 @@ vector without showing the rest. Not here: the proofs, and any hiding (a root of
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -43,18 +42,9 @@ def _leaf_hashes(leaves: Sequence[bytes | memoryview]) -> list[bytes]:
         return [_hash(b"\0", leaf) for leaf in leaves]
     each = -(-len(leaves) // _THREADS)
     parts = [leaves[start : start + each] for start in range(0, len(leaves), each)]
-    hashed = _pool().map(lambda part: [_hash(b"\0", leaf) for leaf in part], parts)
-    return [digest for part in hashed for digest in part]
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Kept: starting threads for each of 200 vectors takes as long as hashing several of them."""
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="merkle")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashed = pool.map(lambda part: [_hash(b"\0", leaf) for leaf in part], parts)
+        return [digest for part in hashed for digest in part]
 
 
 def _hash(prefix: bytes, data: bytes | memoryview) -> bytes:
