@@ -125,7 +125,7 @@ class Desk:
                 return arrived
             for _ in range(_GLANCES):
                 self._sleep(POLL_S / _GLANCES)
-                if seen is None or self.store.changes() != seen:
+                if seen is not None and self.store.changes() != seen:
                     break
 
     def tell(self, shown: int, step: Kind, arrived: int, seconds: float, *, expected: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 from aggregator import rounds, versions
 from aggregator.refused import Line
@@ -108,10 +108,9 @@ def _document(line: Line) -> Refusal:
             serial=line.place, kind="refusal", number=line.place, party=line.party, digest=b"", code=line.code, reason=reason,
             time=line.time, more=min(line.more, 2**32 - 1),
         )  # fmt: skip
-    kind: Kind = line.kind  # type: ignore[assignment]
     return Refusal(
-        serial=line.place, kind=kind, number=line.number, party=line.party, digest=bytes.fromhex(line.digest), code=line.code,
-        reason=line.reason, time=line.time, document=line.document,
+        serial=line.place, kind=cast(Kind, line.kind), number=line.number, party=line.party, digest=bytes.fromhex(line.digest),
+        code=line.code, reason=line.reason, time=line.time, document=line.document,
     )  # fmt: skip
 
 

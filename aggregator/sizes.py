@@ -35,16 +35,10 @@ def cap(kind: Kind, accepted: Accepted) -> int:
         "consent": 128, "release": 128 + SEED_BYTES, "acknowledgement": 192, "verdict": 128 + 48 * slices.segments(d),
         "cosignature": 1024,
         "guardian-note": 1536, "list": 128 + 64 * silos, "endorsement": 128, "close": 128,
-        "shares": 128 + _most_release_bytes(silos),
+        "shares": 128 + shares.most_release_bytes(silos),
     }  # fmt: skip
     signature = signatures.signature_bytes(accepted.terms.signatures) - signatures.CURVE_SIGNATURE_BYTES
     return SIGNED_BYTES + bodies[kind] + (2 if kind in ("upload", "countersignature") else 1) * signature
-
-
-def _most_release_bytes(silos: int) -> int:
-    """More than any guardian's shares in a round take: a share and its inclusion proof for each place, at most (n+1)²/4 of them."""
-    places, proof = (silos + 1) ** 2 // 4 + 1, 32 * (1 + silos.bit_length())
-    return places * (proof + 64) + envelope.OVERHEAD_BYTES
 
 
 def not_yours(kind: Kind) -> TrustError:

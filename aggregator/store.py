@@ -195,9 +195,9 @@ class Store:
         with _database(), self._looking:
             if self._eye is None:
                 self._eye = self._engine.connect()
-            driver = self._eye.connection.driver_connection
+            driver = cast(sqlite3.Connection, self._eye.connection.driver_connection)
             try:
-                version: int = driver.execute("PRAGMA data_version").fetchone()[0]  # type: ignore[union-attr]
+                version: int = driver.execute("PRAGMA data_version").fetchone()[0]
             except sqlite3.Error as error:
                 eye, self._eye = self._eye, None  # the next question opens another one
                 eye.invalidate()

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from privacy import federation
-from privacy.dp import accounting
+from privacy.dp import unprotected
 from privacy.dp.accounting import Certificate
 from privacy.dp.budget import Limits
 from privacy.dp.mechanism import LatticeGaussian
@@ -103,6 +103,4 @@ def composed(events: Sequence[LatticeGaussian], delta: float, order: int | None)
 
 @functools.lru_cache(maxsize=4096)
 def _certified(events: tuple[LatticeGaussian, ...], delta: float, order: int | None) -> Certificate:
-    if order is None:
-        return accounting.certify(list(events), delta)
-    return accounting.certify_adaptive(list(events), delta, order=order)
+    return unprotected.certify(events, delta, order=order)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests import crash
+    from tests import crash, whole
 
 # Set before torch, numpy or the tokenizers are loaded: two pytest workers share two cores.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -92,6 +92,25 @@ def base(run: crash.Commands, tiny_bert: Path, tmp_path_factory: pytest.TempPath
 def places(base: crash.Places, tmp_path: Path) -> crash.Places:
     """A federation of commands up to its published contract."""
     return base.copied(tmp_path / "federation")
+
+
+# --- Federations whose sums are audited in slices: tests/whole.py -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def before_slices(tmp_path_factory: pytest.TempPathFactory) -> whole.Whole:
+    """Four silos in consent mode, each auditing slices, their epoch confirmed: round 1 was run. Nobody writes there."""
+    from tests.whole import Whole
+
+    made = Whole.create(tmp_path_factory.mktemp("slices") / "federation", silos=(1, 2, 3, 4), sum={"audit": "slices"})
+    made.run(1)
+    return made
+
+
+@pytest.fixture
+def in_slices(before_slices: whole.Whole, tmp_path: Path) -> whole.Whole:
+    """A copy of the federation after round 1 that a test may spend."""
+    return before_slices.copied(tmp_path / "federation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from tests.terms import contract_bytes, public, seed
 from tests.test_epoch import confirmed
 from tests.test_freeze import bare_header, listing_of, terms_with
 from tests.test_guardian_sum import Round, an_epoch
+from tests.test_slices import segment_proof
 
 OTHER = keys.Identity(name="other", sign_seed=seed(99))
 
@@ -123,7 +124,7 @@ def test_a_segment_is_one_row_of_words_of_its_own_length() -> None:
     y = np.arange(slices.SEGMENT_WORDS + 5, dtype="<u4")
     blank = {"round_ctx": bytes(32), "silo": 1, "attempt": bytes(16), "ledger_counter": 1, "self_commitment": bytes(32)}
     header = Header(**blank, dimension=y.size, root=guardian_sum.vector_root(y), pair_commitments=())
-    proof, last = slices.segment_proof(y, 1), y[slices.SEGMENT_WORDS :]
+    proof, last = segment_proof(y, 1), y[slices.SEGMENT_WORDS :]
     slices.check_segment(last, proof, header, 1)
     other_types, other_sizes = (last.view("<f4"), last.view("<i4"), last.reshape(-1, 1)), ((last[:4], 1), (last, 0), (y[:-5], -1))
     for words, segment in (*((each, 1) for each in other_types), *other_sizes):

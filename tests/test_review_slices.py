@@ -28,7 +28,7 @@ from silo.session import Epoch
 from silo.witness import Witness
 from tests.sharing import HUB, ShareRound, build_epoch, share_terms
 from tests.test_slice_rounds import FOUR, HIDDEN, SLICES, Claims, auditor, bent, decode_verdict, lying
-from tests.whole import PATIENCE_S, Whole, together
+from tests.whole import PATIENCE_S, together
 
 pytestmark = pytest.mark.usefixtures("quick_polls")
 
@@ -36,18 +36,6 @@ pytestmark = pytest.mark.usefixtures("quick_polls")
 @pytest.fixture(scope="module")
 def claims():
     return Claims()
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    made = Whole.create(tmp_path_factory.mktemp("slices") / "federation", silos=FOUR, sum=SLICES)
-    made.run(1)
-    return made
-
-
-@pytest.fixture
-def ran(ready, tmp_path):
-    return ready.copied(tmp_path / "federation")
 
 
 def after_the_outcome(alter):
@@ -65,9 +53,9 @@ def after_the_outcome(alter):
 # --- A silo's own choice ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_claim_that_comes_with_its_outcome_does_not_take_a_silos_own_look_away(ran, monkeypatch):
+def test_a_claim_that_comes_with_its_outcome_does_not_take_a_silos_own_look_away(in_slices, monkeypatch):
     """t_c + 1 liars and the aggregator show the claim only after the outcome: the honest silo looks before it applies."""
-    before, find = ran.progress(4).state.digest, audits.find
+    before, find = in_slices.progress(4).state.digest, audits.find
 
     def lie(segments, claimed, fetch, *, silo, **options):
         honest = find(segments, claimed, fetch, silo=silo, **options)
@@ -76,18 +64,18 @@ def test_a_claim_that_comes_with_its_outcome_does_not_take_a_silos_own_look_away
     monkeypatch.setattr(audits, "find", lie)
     monkeypatch.setattr(slices, "OWN_ODDS", 1)
     monkeypatch.setattr(slices, "auditors", lambda *_, **__: (1, 2))
-    line = ran.line()
+    line = in_slices.line()
     line.alter = after_the_outcome(lambda slot, data: data)
-    jobs = [functools.partial(ran.take_part, silo, 2) for silo in (1, 2, 3)]
+    jobs = [functools.partial(in_slices.take_part, silo, 2) for silo in (1, 2, 3)]
     with lying(monkeypatch), pytest.raises(TrustError) as caught:
-        together(*jobs, functools.partial(ran.take_part, 4, 2, line=line), functools.partial(ran.coordinate, 2))
+        together(*jobs, functools.partial(in_slices.take_part, 4, 2, line=line), functools.partial(in_slices.coordinate, 2))
     assert caught.value.code == "false-sum"
-    assert ran.progress(4).state.digest == before
+    assert in_slices.progress(4).state.digest == before
 
 
-def test_a_silo_that_was_shown_a_true_claim_looks_at_the_one_that_the_outcome_is_of(ran, monkeypatch):
+def test_a_silo_that_was_shown_a_true_claim_looks_at_the_one_that_the_outcome_is_of(in_slices, monkeypatch):
     """t_c + 1 liars and the aggregator show the honest silo the true claim while it audits, and theirs when it applies."""
-    before, find, claim_of, totals, shown = ran.progress(4).state.digest, audits.find, audits.claim_of, [], []
+    before, find, claim_of, totals, shown = in_slices.progress(4).state.digest, audits.find, audits.claim_of, [], []
 
     def lie(segments, claimed, fetch, *, silo, **options):
         honest = find(segments, claimed, fetch, silo=silo, **options)
@@ -105,13 +93,13 @@ def test_a_silo_that_was_shown_a_true_claim_looks_at_the_one_that_the_outcome_is
         true, signed = totals[-1].copy(), decode(data, Signed)
         true[3] -= 1
         body = encode(msgspec.structs.replace(decode(signed.body, SumClaim), segments=slices.hashes(true)))
-        return envelope.sign(ran.identity, type="claim", context=signed.context, sender=AGGREGATOR, body=body)
+        return envelope.sign(in_slices.identity, type="claim", context=signed.context, sender=AGGREGATOR, body=body)
 
     monkeypatch.setattr(audits, "find", lie)
     monkeypatch.setattr(audits, "claim_of", claims_of)
     monkeypatch.setattr(slices, "OWN_ODDS", 1)
     monkeypatch.setattr(slices, "auditors", lambda *_, **__: (1, 2))
-    line = ran.line()
+    line = in_slices.line()
     line.alter = two_faced
     looked, true_verdict = threading.Event(), auditing.Auditor.verdict
 
@@ -124,18 +112,18 @@ def test_a_silo_that_was_shown_a_true_claim_looks_at_the_one_that_the_outcome_is
         return made
 
     monkeypatch.setattr(auditing.Auditor, "verdict", verdict)
-    jobs = [functools.partial(ran.take_part, silo, 2) for silo in (1, 2, 3)]
+    jobs = [functools.partial(in_slices.take_part, silo, 2) for silo in (1, 2, 3)]
     with lying(monkeypatch), pytest.raises(TrustError) as caught:
-        together(*jobs, functools.partial(ran.take_part, 4, 2, line=line), functools.partial(ran.coordinate, 2))
+        together(*jobs, functools.partial(in_slices.take_part, 4, 2, line=line), functools.partial(in_slices.coordinate, 2))
     assert looked.is_set()
     assert caught.value.code == "false-sum"
-    assert ran.progress(4).state.digest == before
+    assert in_slices.progress(4).state.digest == before
 
 
-def test_a_piece_that_is_copied_after_the_outcome_is_waited_for(ran, monkeypatch):
+def test_a_piece_that_is_copied_after_the_outcome_is_waited_for(in_slices, monkeypatch):
     """In a folder nothing says that the vectors are whole when the outcome is: the silo that looks again waits for them."""
     monkeypatch.setattr(slices, "OWN_ODDS", 1)
-    line, late = ran.line(), [3]
+    line, late = in_slices.line(), [3]
 
     def altered(slot, data):
         if slot[:3] == ("part", "vector", 2) and late[0]:
@@ -145,13 +133,13 @@ def test_a_piece_that_is_copied_after_the_outcome_is_waited_for(ran, monkeypatch
 
     line.alter = after_the_outcome(altered)
     monkeypatch.setattr(slices, "auditors", lambda *_, **__: (1, 2))
-    jobs = [functools.partial(ran.take_part, silo, 2) for silo in (1, 2, 3)]
-    together(*jobs, functools.partial(ran.take_part, 4, 2, line=line), functools.partial(ran.coordinate, 2))
+    jobs = [functools.partial(in_slices.take_part, silo, 2) for silo in (1, 2, 3)]
+    together(*jobs, functools.partial(in_slices.take_part, 4, 2, line=line), functools.partial(in_slices.coordinate, 2))
     assert late == [0]
-    assert len({ran.progress(silo).state.digest for silo in FOUR}) == 1
+    assert len({in_slices.progress(silo).state.digest for silo in FOUR}) == 1
 
 
-def test_a_silo_that_is_stopped_by_a_failing_answer_looks_at_the_same_segments_again(ran, monkeypatch):
+def test_a_silo_that_is_stopped_by_a_failing_answer_looks_at_the_same_segments_again(in_slices, monkeypatch):
     """Whoever sees what is fetched and lets it fail must not get another toss of the coin."""
     monkeypatch.setattr(slices, "OWN_ODDS", 2)
     secret, ctx = os.urandom(32), os.urandom(32)
@@ -175,27 +163,27 @@ def test_a_silo_that_is_stopped_by_a_failing_answer_looks_at_the_same_segments_a
     def again():
         for _ in range(2):
             with pytest.raises(MachineError):
-                ran.take_part(1, 2)
-        ran.wait_for("outcome", 2, AGGREGATOR)
-        return ran.take_part(1, 2)
+                in_slices.take_part(1, 2)
+        in_slices.wait_for("outcome", 2, AGGREGATOR)
+        return in_slices.take_part(1, 2)
 
     monkeypatch.setattr(auditing.Auditor, "verdict", falls)
     monkeypatch.setattr(slices, "auditors", lambda *_, **__: (2, 3))
-    jobs = [functools.partial(ran.take_part, silo, 2) for silo in (2, 3, 4)]
-    together(again, *jobs, functools.partial(ran.coordinate, 2))
+    jobs = [functools.partial(in_slices.take_part, silo, 2) for silo in (2, 3, 4)]
+    together(again, *jobs, functools.partial(in_slices.coordinate, 2))
     assert len(looked[1]) == 2
     assert looked[1][0] == looked[1][1]
     assert len({tosses[0] for tosses in looked.values()}) == len(FOUR), "no two silos toss alike"
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_spare_auditor_that_comes_after_the_outcome_has_no_line_in_the_log_unless_it_complains(ran, monkeypatch, wrong):
+def test_a_spare_auditor_that_comes_after_the_outcome_has_no_line_in_the_log_unless_it_complains(in_slices, monkeypatch, wrong):
     """That others were faster is no fault of its own: only a complaint is worth a leaf."""
     true, find = auditing.Auditor.verdict, audits.find
 
     def late(self, document, claimed):
         if self.silo == 4:
-            ran.wait_for("outcome", 2, AGGREGATOR)
+            in_slices.wait_for("outcome", 2, AGGREGATOR)
         return true(self, document, claimed)
 
     def lie(segments, claimed, fetch, *, silo, **options):
@@ -204,14 +192,14 @@ def test_a_spare_auditor_that_comes_after_the_outcome_has_no_line_in_the_log_unl
 
     monkeypatch.setattr(auditing.Auditor, "verdict", late)
     monkeypatch.setattr(slices, "auditors", lambda *_, **__: (1, 2, 4))
-    jobs = [functools.partial(ran.take_part, silo, 2) for silo in FOUR]
+    jobs = [functools.partial(in_slices.take_part, silo, 2) for silo in FOUR]
     if not wrong:
-        together(*jobs, functools.partial(ran.coordinate, 2))
+        together(*jobs, functools.partial(in_slices.coordinate, 2))
     else:
         monkeypatch.setattr(audits, "find", lie)
         with lying(monkeypatch), pytest.raises(TrustError, match="is not the sum"):
-            together(*jobs, functools.partial(ran.coordinate, 2))
-    lines = [(line.kind, line.number, line.party) for line in ran.store.refused.due(0)]
+            together(*jobs, functools.partial(in_slices.coordinate, 2))
+    lines = [(line.kind, line.number, line.party) for line in in_slices.store.refused.due(0)]
     assert lines == ([("verdict", 2, 4)] if wrong else [])
 
 

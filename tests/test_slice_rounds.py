@@ -417,19 +417,6 @@ def test_a_piece_that_comes_late_is_waited_for(claims, tmp_path, monkeypatch):
 # --- Whole federations ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    """Four silos in consent mode, their epoch confirmed: round 1 was run."""
-    made = Whole.create(tmp_path_factory.mktemp("slices") / "federation", silos=FOUR, sum=SLICES)
-    made.run(1)
-    return made
-
-
-@pytest.fixture
-def ran(ready, tmp_path):
-    return ready.copied(tmp_path / "federation")
-
-
 def stored(at: Whole, kind: str, number: int, kind_of, party: int = AGGREGATOR):
     return decode(decode(at.store.get(kind, number, party), Signed).body, kind_of)
 
@@ -438,27 +425,27 @@ def verified(at: Whole, to: Path, **options) -> whole.Verdict:
     return verdict(evidence_of(at, to), index_of(at), log=True, **options)
 
 
-def test_a_round_is_audited_applied_and_verified(ran, tmp_path):
-    settled, closed = ran.run(2)
+def test_a_round_is_audited_applied_and_verified(in_slices, tmp_path):
+    settled, closed = in_slices.run(2)
     assert [(c.kind, c.reason) for c in closed] == [("result", "")]
     assert {settled[s][-1].state.digest for s in FOUR} == {closed[0].state}
-    outcome, made = stored(ran, "outcome", 2, Outcome), stored(ran, "audit", 2, Audit)
+    outcome, made = stored(in_slices, "outcome", 2, Outcome), stored(in_slices, "audit", 2, Audit)
     assert outcome.vectors == ()
     assert len(made.verdicts) == 2
-    slots = [(kind, 2, party) for kind in ("vector", "claim", "verdict", "audit") for party in ran.store.parties(kind, 2)]
-    assert {slot[0] for slot in slots if ran.store.entry(*slot).leaf is None} == {"vector"}
-    found = verified(ran, tmp_path / "copy", pinned=[ran.accepted.digest.hex()])
+    slots = [(kind, 2, party) for kind in ("vector", "claim", "verdict", "audit") for party in in_slices.store.parties(kind, 2)]
+    assert {slot[0] for slot in slots if in_slices.store.entry(*slot).leaf is None} == {"vector"}
+    found = verified(in_slices, tmp_path / "copy", pinned=[in_slices.accepted.digest.hex()])
     assert (found.failed, found.open, found.recomputed) == ((), (), (1, 2))
     placed = placing.by_content(tmp_path / "copy" / "evidence")
     assert set(slots) <= set(placed.entries)
     assert placed.spare == placed.broken == {}
 
 
-def test_verification_without_the_vectors_relies_on_the_verdicts_and_finds_what_is_amiss(ran, tmp_path):
-    ran.run(2)
-    folder, index = evidence_of(ran, tmp_path / "copy"), index_of(ran)
+def test_verification_without_the_vectors_relies_on_the_verdicts_and_finds_what_is_amiss(in_slices, tmp_path):
+    in_slices.run(2)
+    folder, index = evidence_of(in_slices, tmp_path / "copy"), index_of(in_slices)
     bare = [entry for entry in index if (entry.slot.kind, entry.slot.number) != ("vector", 2)]
-    pinned = [ran.accepted.digest.hex()]
+    pinned = [in_slices.accepted.digest.hex()]
     found = whole.audit(Evidence.indexed(folder, bare), pinned=pinned)
     assert (found.failed, found.recomputed, found.relied) == ((), (1,), (2,))
     gone = next(entry.name for entry in index if (entry.slot.kind, entry.slot.number) == ("vector", 2))
@@ -487,26 +474,26 @@ def lying(monkeypatch, number: int = 2):
         yield patch
 
 
-def test_a_wrong_sum_is_caught_moves_nothing_and_leaves_evidence(ran, monkeypatch, tmp_path):
-    before = ran.progress(1).state.digest
+def test_a_wrong_sum_is_caught_moves_nothing_and_leaves_evidence(in_slices, monkeypatch, tmp_path):
+    before = in_slices.progress(1).state.digest
     with lying(monkeypatch):
-        settled, closed = ran.run(2)
+        settled, closed = in_slices.run(2)
     assert [(c.kind, c.reason) for c in closed] == [("result", UNAUDITED)]
     assert {(settled[s][-1].kind, settled[s][-1].reason) for s in FOUR} == {("rejected", UNAUDITED)}
-    assert {ran.progress(s).state.digest for s in FOUR} == {before} == {closed[0].state}
-    assert {ran.progress(s).voids for s in FOUR} == {1}
-    said = {silo: stored(ran, "verdict", 2, SegmentVerdict, silo) for silo in ran.store.parties("verdict", 2)}
+    assert {in_slices.progress(s).state.digest for s in FOUR} == {before} == {closed[0].state}
+    assert {in_slices.progress(s).voids for s in FOUR} == {1}
+    said = {silo: stored(in_slices, "verdict", 2, SegmentVerdict, silo) for silo in in_slices.store.parties("verdict", 2)}
     assert len(said) == 2
     assert all(verdict.wrong and not verdict.right for verdict in said.values())
     for silo in said:
-        assert (ran.root / f"silo-{silo}" / "log" / "segment-2-0").is_file()
-    assert ran.store.get("audit", 2, AGGREGATOR) is None
-    found = verified(ran, tmp_path / "copy", pinned=[ran.accepted.digest.hex()])
+        assert (in_slices.root / f"silo-{silo}" / "log" / "segment-2-0").is_file()
+    assert in_slices.store.get("audit", 2, AGGREGATOR) is None
+    found = verified(in_slices, tmp_path / "copy", pinned=[in_slices.accepted.digest.hex()])
     assert {(check.kind, check.what) for check in found.failed} == {("outcome", "sum")}, "the evidence says that the sum is false"
-    settled, closed = ran.run(3)
+    settled, closed = in_slices.run(3)
     assert closed[-1].reason == ""
-    assert {ran.progress(s).state.digest for s in FOUR} == {closed[-1].state}
-    assert {ran.progress(s).voids for s in FOUR} == {0}
+    assert {in_slices.progress(s).state.digest for s in FOUR} == {closed[-1].state}
+    assert {in_slices.progress(s).voids for s in FOUR} == {0}
 
 
 def without_audit(patch) -> None:
@@ -525,18 +512,18 @@ def with_another_sum(patch) -> None:
 
 
 @pytest.mark.parametrize(("forge", "code"), [(without_audit, "no-audit"), (with_another_sum, "claim-changed")])
-def test_no_silo_applies_what_was_not_audited(ran, monkeypatch, forge, code):
-    before = ran.progress(1).state.digest
+def test_no_silo_applies_what_was_not_audited(in_slices, monkeypatch, forge, code):
+    before = in_slices.progress(1).state.digest
     forge(monkeypatch)
     with pytest.raises(TrustError) as caught:
-        ran.run(2)
+        in_slices.run(2)
     assert caught.value.code == code
-    assert {ran.progress(s).state.digest for s in FOUR} == {before}
+    assert {in_slices.progress(s).state.digest for s in FOUR} == {before}
 
 
-def test_an_auditor_whose_verdict_is_swallowed_applies_nothing(ran, monkeypatch):
+def test_an_auditor_whose_verdict_is_swallowed_applies_nothing(in_slices, monkeypatch):
     """Its word is left out, and t_c + 1 others lie for the aggregator: it looks again itself."""
-    before = ran.progress(1).state.digest
+    before = in_slices.progress(1).state.digest
     find = audits.find
 
     def lie(segments, claimed, fetch, *, silo):
@@ -547,22 +534,22 @@ def test_an_auditor_whose_verdict_is_swallowed_applies_nothing(ran, monkeypatch)
 
     monkeypatch.setattr(audits, "find", lie)
     monkeypatch.setattr(slices, "OWN_ODDS", 1)
-    line = ran.line()
+    line = in_slices.line()
     put = line.put
     line.put = lambda kind, *rest: None if kind == "verdict" else put(kind, *rest)
     monkeypatch.setattr(slices, "auditors", lambda *_, **__: (1, 2))
-    jobs = [functools.partial(ran.take_part, silo, 2) for silo in (1, 2, 3)]
+    jobs = [functools.partial(in_slices.take_part, silo, 2) for silo in (1, 2, 3)]
     with lying(monkeypatch), pytest.raises(TrustError) as caught:
-        together(*jobs, functools.partial(ran.take_part, 4, 2, line=line), functools.partial(ran.coordinate, 2))
+        together(*jobs, functools.partial(in_slices.take_part, 4, 2, line=line), functools.partial(in_slices.coordinate, 2))
     assert caught.value.code == "false-sum"
-    assert ran.progress(4).state.digest == before
-    assert (ran.root / "silo-4" / "log" / "segment-2-0").is_file()
+    assert in_slices.progress(4).state.digest == before
+    assert (in_slices.root / "silo-4" / "log" / "segment-2-0").is_file()
 
 
-def test_a_withheld_segment_rejects_the_round(ran):
+def test_a_withheld_segment_rejects_the_round(in_slices):
     """One silo's piece does not reach its auditors: they say so, nothing moves, and the next round goes on."""
-    before = ran.progress(1).state.digest
-    lines = {silo: ran.line() for silo in FOUR}
+    before = in_slices.progress(1).state.digest
+    lines = {silo: in_slices.line() for silo in FOUR}
     for line in lines.values():
         line.alter = lambda slot, data: None if slot[:4] == ("part", "vector", 2, 3) else data
 
@@ -570,31 +557,31 @@ def test_a_withheld_segment_rejects_the_round(ran):
 
     def hurried():
         """Let the silos' time go by, not the aggregator's, until both auditors have waited long enough."""
-        ran.wait_for("claim", 2, AGGREGATOR)
+        in_slices.wait_for("claim", 2, AGGREGATOR)
         for _ in range(6):
             clock.skip(31.0)
-            with ran.bell:
-                if ran.bell.wait_for(lambda: len(ran.store.parties("verdict", 2)) == 2, 3.0):
+            with in_slices.bell:
+                if in_slices.bell.wait_for(lambda: len(in_slices.store.parties("verdict", 2)) == 2, 3.0):
                     return
 
     def lives(silo):
-        ran.take_part(silo, 2, line=lines[silo], clock=clock)
+        in_slices.take_part(silo, 2, line=lines[silo], clock=clock)
 
-    *_, closed = together(*(functools.partial(lives, silo) for silo in FOUR), hurried, functools.partial(ran.coordinate, 2))
+    *_, closed = together(*(functools.partial(lives, silo) for silo in FOUR), hurried, functools.partial(in_slices.coordinate, 2))
     assert [(c.kind, c.reason) for c in closed] == [("result", UNAUDITED)]
-    assert {ran.progress(s).state.digest for s in FOUR} == {before}
-    said = [stored(ran, "verdict", 2, SegmentVerdict, silo) for silo in ran.store.parties("verdict", 2)]
+    assert {in_slices.progress(s).state.digest for s in FOUR} == {before}
+    said = [stored(in_slices, "verdict", 2, SegmentVerdict, silo) for silo in in_slices.store.parties("verdict", 2)]
     assert [verdict.withheld for verdict in said] == [((0, 3),)] * 2
-    _, closed = ran.run(3)
+    _, closed = in_slices.run(3)
     assert closed[-1].reason == ""
 
 
-def test_verdicts_of_others_or_of_another_round_are_not_admitted(ran):
-    ran.run(2)
-    old = {silo: ran.store.get("verdict", 2, silo) for silo in ran.store.parties("verdict", 2)}
+def test_verdicts_of_others_or_of_another_round_are_not_admitted(in_slices):
+    in_slices.run(2)
+    old = {silo: in_slices.store.get("verdict", 2, silo) for silo in in_slices.store.parties("verdict", 2)}
     assert old
     tried = []
-    line = ran.line()
+    line = in_slices.line()
     put = line.put
 
     def spoil(kind, number, party, data):
@@ -607,56 +594,57 @@ def test_verdicts_of_others_or_of_another_round_are_not_admitted(ran):
 
     line.put = spoil
     lines = dict.fromkeys(FOUR, line)
-    together(*(functools.partial(ran.take_part, s, 3, line=lines[s]) for s in FOUR), functools.partial(ran.coordinate, 3))
+    jobs = [functools.partial(in_slices.take_part, s, 3, line=lines[s]) for s in FOUR]
+    together(*jobs, functools.partial(in_slices.coordinate, 3))
     assert len(tried) == 4
-    claim = stored(ran, "claim", 3, SumClaim)
+    claim = stored(in_slices, "claim", 3, SumClaim)
     with pytest.raises((Replay, RoundError)):
-        ran.board.put("verdict", 3, min(set(FOUR) - set(ran.store.parties("verdict", 3))), old[min(old)])
+        in_slices.board.put("verdict", 3, min(set(FOUR) - set(in_slices.store.parties("verdict", 3))), old[min(old)])
     assert claim.segments
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_an_auditor_that_is_killed_says_the_same_again(ran, after):
+def test_an_auditor_that_is_killed_says_the_same_again(in_slices, after):
     certain = {}
 
     def falls(silo):
-        line = ran.dying("verdict", 2, after=after)
+        line = in_slices.dying("verdict", 2, after=after)
         try:
-            certain[silo] = ran.take_part(silo, 2, line=line)
+            certain[silo] = in_slices.take_part(silo, 2, line=line)
         except PowerCut:
-            path = next((ran.root / f"silo-{silo}").glob("epoch/*/verdict"))
+            path = next((in_slices.root / f"silo-{silo}").glob("epoch/*/verdict"))
             certain[silo] = path.read_bytes()
-            ran.take_part(silo, 2)
+            in_slices.take_part(silo, 2)
 
-    *_, closed = together(*(functools.partial(falls, silo) for silo in FOUR), functools.partial(ran.coordinate, 2))
+    *_, closed = together(*(functools.partial(falls, silo) for silo in FOUR), functools.partial(in_slices.coordinate, 2))
     assert [(c.kind, c.reason) for c in closed] == [("result", "")]
-    for silo in ran.store.parties("verdict", 2):
-        assert ran.store.get("verdict", 2, silo) == certain[silo]
-    assert len(ran.store.parties("verdict", 2)) == 2
-    assert not list(ran.root.glob("silo-*/epoch/*/verdict")), "a settled round leaves none"
+    for silo in in_slices.store.parties("verdict", 2):
+        assert in_slices.store.get("verdict", 2, silo) == certain[silo]
+    assert len(in_slices.store.parties("verdict", 2)) == 2
+    assert not list(in_slices.root.glob("silo-*/epoch/*/verdict")), "a settled round leaves none"
 
 
 DEATHS = [("vector", True), ("claim", False), ("claim", True), ("audit", True), ("outcome", False)]
 
 
 @pytest.mark.parametrize(("kind", "after"), DEATHS)
-def test_an_aggregator_that_is_killed_goes_on_to_the_same_end(ran, kind, after):
-    put_once = ran.store.put_once
+def test_an_aggregator_that_is_killed_goes_on_to_the_same_end(in_slices, kind, after):
+    put_once = in_slices.store.put_once
 
     def mortal(asked, number, party, data, *, received_at):
         falls = (asked, number) == (kind, 2)
         if falls and not after:
-            ran.power.cut()
+            in_slices.power.cut()
         done = put_once(asked, number, party, data, received_at=received_at)
         if falls:
-            ran.power.cut()
+            in_slices.power.cut()
         return done
 
-    ran.store.put_once = mortal
+    in_slices.store.put_once = mortal
     with pytest.raises(PowerCut):
-        ran.run(2)
-    before = {slot: data for slot, data in ran.store.log if slot[1] == 2}
-    again = ran.restarted()
+        in_slices.run(2)
+    before = {slot: data for slot, data in in_slices.store.log if slot[1] == 2}
+    again = in_slices.restarted()
     again.run(2)
     outcome = stored(again, "outcome", 2, Outcome)
     assert (outcome.kind, outcome.reason) == ("result", "")
@@ -720,13 +708,13 @@ def served(at: Whole):
         listener.close()
 
 
-def test_over_http_only_the_bytes_asked_for_are_sent(ran):
-    with served(ran) as url:
+def test_over_http_only_the_bytes_asked_for_are_sent(in_slices):
+    with served(in_slices) as url:
         lines = {silo: HttpTransport(url) for silo in FOUR}
-        jobs = [functools.partial(ran.take_part, silo, 2, line=lines[silo]) for silo in FOUR]
-        *_, closed = together(*jobs, functools.partial(ran.coordinate, 2))
+        jobs = [functools.partial(in_slices.take_part, silo, 2, line=lines[silo]) for silo in FOUR]
+        *_, closed = together(*jobs, functools.partial(in_slices.coordinate, 2))
         assert [(c.kind, c.reason) for c in closed] == [("result", "")]
-        line, document = lines[1], ran.store.get("vector", 2, 3)
+        line, document = lines[1], in_slices.store.get("vector", 2, 3)
         for start, size in ((0, 1), (5, 40), (len(document) - 4, 4), (0, len(document))):
             assert line.part("vector", 2, 3, start, size, wait_s=0) == document[start : start + size]
         assert vectors_of(line, 2)(3, 5, 40) == document[5:45]
@@ -741,9 +729,9 @@ def test_over_http_only_the_bytes_asked_for_are_sent(ran):
             each.close()
 
 
-def test_over_a_folder_too(ran, tmp_path):
+def test_over_a_folder_too(in_slices, tmp_path):
     root, stop = tmp_path / "exchange", threading.Event()
-    mailbox = Mailbox(root, home=ran.home, store=ran.store, board=ran.board)
+    mailbox = Mailbox(root, home=in_slices.home, store=in_slices.store, board=in_slices.board)
     mailbox.once()
 
     def carry():
@@ -758,14 +746,14 @@ def test_over_a_folder_too(ran, tmp_path):
         for line in lines.values():
             get = line.get
             line.get = lambda kind, *rest, get=get, **more: (got.append(kind), get(kind, *rest, **more))[1]
-        jobs = [functools.partial(ran.take_part, silo, 2, line=lines[silo]) for silo in FOUR]
-        *_, closed = together(*jobs, functools.partial(ran.coordinate, 2))
+        jobs = [functools.partial(in_slices.take_part, silo, 2, line=lines[silo]) for silo in FOUR]
+        *_, closed = together(*jobs, functools.partial(in_slices.coordinate, 2))
     finally:
         stop.set()
         thread.join(10)
     assert [(c.kind, c.reason) for c in closed] == [("result", "")]
     assert "vector" not in got
-    line, document = lines[2], ran.store.get("vector", 2, 3)
+    line, document = lines[2], in_slices.store.get("vector", 2, 3)
     path = next(root.glob("board/*/*-vector-2-3-*"))
     assert line.part("vector", 2, 3, 7, 20, wait_s=0) == document[7:27]
     assert line.part("vector", 2, 3, len(document) - 3, 4, wait_s=0) is None
@@ -782,12 +770,12 @@ def test_over_a_folder_too(ran, tmp_path):
     assert line.part("vector", 2, 3, 7, 20, wait_s=0) is None
 
 
-def test_the_table_is_made_again_from_the_evidence(ran):
-    ran.run(2)
-    ran.close()
-    before = hub_verify.rows_of(ran.home)
-    for path in ran.home.root.glob("*.sqlite*"):
+def test_the_table_is_made_again_from_the_evidence(in_slices):
+    in_slices.run(2)
+    in_slices.close()
+    before = hub_verify.rows_of(in_slices.home)
+    for path in in_slices.home.root.glob("*.sqlite*"):
         path.unlink()
-    assert hub_verify.reindex(ran.home.root)["missing"] == []
-    rows = {row[:4] for row in hub_verify.rows_of(ran.home)}
+    assert hub_verify.reindex(in_slices.home.root)["missing"] == []
+    rows = {row[:4] for row in hub_verify.rows_of(in_slices.home)}
     assert rows == {row[:4] for row in before}

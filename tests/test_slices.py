@@ -26,6 +26,15 @@ CTX = b"r" * 32
 SEGMENT = slices.SEGMENT_WORDS
 
 
+def segment_of(y, segment: int):
+    return y[segment * SEGMENT : (segment + 1) * SEGMENT]
+
+
+def segment_proof(y, segment: int) -> tuple[bytes, ...]:
+    """The hashes beside a segment's subtree, from below upwards."""
+    return proofs.inclusion_proof(slices.hashes(y), segment)
+
+
 def header_of(y, silo: int, seed: bytes, pair_keys, attempt: bytes) -> Header:
     return guardian_sum.build_header(
         y, round_ctx=CTX, silo=silo, attempt=attempt, ledger_counter=1, self_seed=seed, pair_keys=pair_keys
@@ -55,7 +64,7 @@ def test_same_as_the_whole(missing, d):
     for each in x.values():
         whole = whole + each
     found = [
-        slices.sum_of_segment({i: slices.segment_of(y[i], g) for i in y}, seeds, headers, g, pair_keys=pair_keys)
+        slices.sum_of_segment({i: segment_of(y[i], g) for i in y}, seeds, headers, g, pair_keys=pair_keys)
         for g in range(slices.segments(d))
     ]
     assert np.array_equal(np.concatenate(found), whole)
@@ -66,7 +75,7 @@ def test_held_to_the_header(d):
     y = np.frombuffer(os.urandom(4 * d), dtype="<u4").copy()
     header = header_of(y, 1, b"s" * 32, {2: b"k" * 32}, b"a" * 16)
     for g in range(slices.segments(d)):
-        piece, proof = slices.segment_of(y, g), slices.segment_proof(y, g)
+        piece, proof = segment_of(y, g), segment_proof(y, g)
         slices.check_segment(piece, proof, header, g)
         bent = piece.copy()
         bent[bent.size // 2] ^= 1 << 31
@@ -80,7 +89,7 @@ def test_held_to_the_header(d):
                 slices.check_segment(words, hashes, header, place)
     other = msgspec.structs.replace(header, root=hashlib.sha256(header.root).digest())
     with pytest.raises(TrustError):
-        slices.check_segment(slices.segment_of(y, 0), slices.segment_proof(y, 0), other, 0)
+        slices.check_segment(segment_of(y, 0), segment_proof(y, 0), other, 0)
 
 
 def test_a_sum_over_other_silos_than_the_set_is_refused():

@@ -581,10 +581,10 @@ def test_verify_takes_it_and_refuses_a_figure(finished, tmp_path) -> None:
     assert "contents" in {check.what for check in found.checks if check.status == "failed"}
 
 
-def test_settings_clip_generously() -> None:
+def test_settings_clip_generously(tmp_path) -> None:
     from aggregator.simulation.settings import Settings
 
-    usual = Settings(home=None)  # type: ignore[arg-type]
+    usual = Settings(home=tmp_path / "nowhere")
     assert usual.clips_at == 1.0
     assert replace(usual, without_privacy=True).clips_at == 10.0
     assert replace(usual, without_privacy=True, max_grad_norm=3.0).clips_at == 3.0

@@ -145,8 +145,8 @@ def _parsed(report: bytes) -> dict[str, Any]:
 
 
 def _check_figure(said: object, name: str, wanted: float | None) -> None:
-    is_number = type(said) is float or (type(said) is int and abs(said) < 2**53)
-    if wanted is None or not is_number or not math.isclose(said, wanted, rel_tol=CLOSE, abs_tol=CLOSE):  # type: ignore[arg-type]
+    number = said if type(said) is float or (type(said) is int and abs(said) < 2**53) else None
+    if wanted is None or number is None or not math.isclose(number, wanted, rel_tol=CLOSE, abs_tol=CLOSE):
         raise refused(f"it says epsilon {str(said)[:40]} against {name}, computed again it is {wanted}")
 
 

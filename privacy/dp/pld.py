@@ -28,7 +28,9 @@ LOSS_CEILING = 200.0
 """Above this expected privacy loss (RDP of order 1) no PLD is computed: absurd parameters took 20 GB, and protect nobody."""
 
 _WIDE_TABLE, _MAX_TABLE = 2**20, 2**23  # entries
-_FFT_ALLOWANCE = 1e-14  # what FFT rounding can hide per composed step, taken off delta before the PLD is asked
+FFT_ALLOWANCE = 1e-14
+"""What FFT rounding can hide per composed step, taken off delta before a distribution is asked."""
+
 _TAIL_DEVIATIONS = 10.0  # beyond them dp_accounting folds the tail, exp(-50), into infinity
 
 
@@ -52,7 +54,7 @@ def composed(events: tuple[LatticeGaussian, ...], delta: float, grid: float) -> 
     Formal guarantees: an upper bound on epsilon of the discrete mechanisms, under add-or-remove-one neighbours.
     """
     steps, zeta = steps_of(events), slack(events)
-    at = delta * math.exp(-zeta) - _FFT_ALLOWANCE * sum(steps.values())
+    at = delta * math.exp(-zeta) - FFT_ALLOWANCE * sum(steps.values())
     if not at > 0:
         return math.inf
     parts = [_steps_pld(*key, grid, count) for key, count in steps.items()]
@@ -68,13 +70,14 @@ def _steps_pld(rate: float, sigma: float, grid: float, count: int) -> PrivacyLos
     The same way for every caller, so that silo, aggregator and auditor get the same figure to the last bit.
     """
     if count == 1:
-        return _one_step_pld(rate, sigma, grid)
+        return one_step(rate, sigma, grid)
     half = 1 << (count - 1).bit_length() - 1  # the largest power of two below count
     return _steps_pld(rate, sigma, grid, half).compose(_steps_pld(rate, sigma, grid, count - half))
 
 
 @functools.lru_cache(maxsize=16)
-def _one_step_pld(rate: float, sigma: float, grid: float) -> PrivacyLossDistribution:
+def one_step(rate: float, sigma: float, grid: float) -> PrivacyLossDistribution:
+    """One step's distribution, rounded pessimistically to ``grid``."""
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(

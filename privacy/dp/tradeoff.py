@@ -21,7 +21,6 @@ from privacy.dp.mechanism import MIN_SHARE_VARIANCE, LatticeGaussian
 
 _GRIDS = (1e-3, 1e-2)
 _MAX_TABLE = 2**20
-_FFT_ALLOWANCE = 1e-14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +52,16 @@ def trade_off(event: LatticeGaussian, delta: float) -> TradeOff | None:
     Raises:
         NotCertified: the noise is below what the accountants can be asked about.
     """
-    from dp_accounting.pld import privacy_loss_distribution
-
     mean, width = pld.expected_loss([event])
     grid = next((grid for grid in _GRIDS if width <= _MAX_TABLE * grid), None)
     if grid is None or not mean <= pld.LOSS_CEILING:
         return None
-    one = privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=event.effective_noise_multiplier, sampling_prob=event.sampling_rate,
-        value_discretization_interval=grid, pessimistic_estimate=True,
-    )  # fmt: skip
-    composed = one.self_compose(event.steps)
+    composed = pld.one_step(event.sampling_rate, event.effective_noise_multiplier, grid).self_compose(event.steps)
     zeta = event.slack_log
     epsilons = np.concatenate([np.linspace(0, 4, 161), np.linspace(4.1, 40, 360)])
     deltas = np.asarray(composed.get_delta_for_epsilon(list(epsilons)), dtype=np.float64)
-    deltas = np.minimum(1.0, math.exp(zeta) * deltas + _FFT_ALLOWANCE * event.steps)
-    at = delta * math.exp(-zeta) - _FFT_ALLOWANCE * event.steps
+    deltas = np.minimum(1.0, math.exp(zeta) * deltas + pld.FFT_ALLOWANCE * event.steps)
+    at = delta * math.exp(-zeta) - pld.FFT_ALLOWANCE * event.steps
     epsilon = float(composed.get_epsilon_for_delta(at)) if at > 0 else math.inf
     return TradeOff(epsilons=epsilons + 2 * zeta, deltas=deltas, epsilon=epsilon + 2 * zeta)
 

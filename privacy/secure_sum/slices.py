@@ -85,20 +85,6 @@ def hashes(vector: Words) -> tuple[bytes, ...]:
     return tuple(merkle.root(raw[start : start + SEGMENT_BYTES]) for start in range(0, len(raw), SEGMENT_BYTES))
 
 
-def segment_of(vector: Words, segment: int) -> Words:
-    """The words of a segment, as a view."""
-    return vector[segment * SEGMENT_WORDS : (segment + 1) * SEGMENT_WORDS]
-
-
-def segment_proof(vector: Words, segment: int) -> tuple[bytes, ...]:
-    """What proves a segment of ``vector`` (d,) against the vector's root: the hashes beside its subtree, from below upwards.
-
-    Raises:
-        TrustError: there is no such segment.
-    """
-    return proofs.inclusion_proof(hashes(vector), segment)
-
-
 def check_segment(words: Words, proof: Sequence[bytes], header: Header, segment: int) -> None:
     """Return if ``words`` are segment ``segment`` of the masked vector of which the header speaks.
 
