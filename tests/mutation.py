@@ -102,12 +102,12 @@ _LIBRARY = "the library refuses it as well; kept so that nothing rests on that"
 _NO_KEY = "no such encoding passes for a point of prime order, and as R the library refuses it as well"
 _ALL = "how many threads hash; the hashes are the same"
 EQUIVALENT: dict[str, str] = {
-    "privacy.secure_sum.merkle:_leaf_hashes: never len(leaves) < _FEW_LEAVES or _THREADS == 1": _ALL,
-    "privacy.secure_sum.merkle:_leaf_hashes: always len(leaves) < _FEW_LEAVES or _THREADS == 1": _ALL,
+    "privacy.secure_sum.merkle:_leaf_hashes: never len(leaves) < _FEW_LEAVES or threads == 1": _ALL,
+    "privacy.secure_sum.merkle:_leaf_hashes: always len(leaves) < _FEW_LEAVES or threads == 1": _ALL,
     "privacy.secure_sum.merkle:: without os.cpu_count() in os.cpu_count() or 1": _ALL,
     "privacy.secure_sum.merkle:: without 1 in os.cpu_count() or 1": _ALL,
-    "privacy.secure_sum.merkle:_leaf_hashes: without len(leaves) < _FEW_LEAVES in len(leaves) < _FEW_LEAVES or _THREADS == 1": _ALL,
-    "privacy.secure_sum.merkle:_leaf_hashes: without _THREADS == 1 in len(leaves) < _FEW_LEAVES or _THREADS == 1": _ALL,
+    "privacy.secure_sum.merkle:_leaf_hashes: without len(leaves) < _FEW_LEAVES in len(leaves) < _FEW_LEAVES or threads == 1": _ALL,
+    "privacy.secure_sum.merkle:_leaf_hashes: without threads == 1 in len(leaves) < _FEW_LEAVES or threads == 1": _ALL,
     "privacy.identity.curve25519:check_dh_key: or len(key) != 32": _LIBRARY,
     "privacy.identity.curve25519:_coordinates: raise ValueError('y is not reduced')": _NO_KEY,
     "privacy.identity.curve25519:_coordinates: or (v * x * x - u) % _FIELD": _NO_KEY,

@@ -41,6 +41,11 @@ class Frozen:
         return tuple(silo for silo in self.silos if silo not in self.headers)
 
     @cached_property
+    def ranks(self) -> Mapping[int, int]:
+        """Where each missing silo stands among the silos of the epoch, from 0."""
+        return {gone: self.silos.index(gone) for gone in self.missing}
+
+    @cached_property
     def commitments(self) -> Mapping[int, Mapping[int, bytes]]:
         """C_ij by silo i of U and peer j."""
         return {silo: dict(header.pair_commitments) for silo, header in self.headers.items()}

@@ -42,7 +42,9 @@ a missing silo                               consent mode: no freeze, no release
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -50,7 +52,8 @@ from privacy import envelope, prg
 from privacy.errors import TrustError
 from privacy.federation import Member
 from privacy.identity.keys import u32
-from privacy.messages import Release
+from privacy.messages import Header, Release
+from privacy.secure_sum import merkle
 from privacy.secure_sum.freeze import (
     Certified,
     Frozen,
@@ -127,8 +130,8 @@ def unmask(
 ) -> Words:
     """Σ x_i mod 2³² over the certified set, as a new array (d,).
 
-    Holds one vector at a time beside the total: give a mapping that reads from disk, it is asked once per silo. All seeds and
-    pair keys are checked before the first vector is read.
+    Holds a few vectors at a time beside the total, as many as this machine hashes at once, at most six: give a mapping that reads
+    from disk, it is asked once per silo, in this thread. All seeds and pair keys are checked before the first vector is read.
 
     Args:
         pair_keys: k_ij by (i in U, j missing); None or empty when no silo of the epoch is missing.
@@ -180,12 +183,29 @@ def _sum(
         stream, sign = pair_mask(key, silo=silo, peer=gone)
         streams.append((stream, -1 if sign == 1 else 1))
     total = np.zeros(next(iter(headers.values())).dimension, dtype="<u4")
-    for silo, header in headers.items():
-        y = uploads[silo]
-        check_vector(y, header)
+    for y in _checked(uploads, headers):
         np.add(total, y, out=total)
     prg.add_streams(total, streams)
     return total
+
+
+def _checked(uploads: Mapping[int, Words], headers: Mapping[int, Header]) -> Iterator[Words]:
+    """The vectors one by one, each held to its header: the next is read here while earlier ones are hashed by threads."""
+    with ThreadPoolExecutor(merkle.THREADS) as pool:
+        hashed: deque[tuple[Words, Future[None]]] = deque()
+        for silo, header in headers.items():
+            y = uploads[silo]
+            hashed.append((y, pool.submit(check_vector, y, header, threads=1)))
+            if len(hashed) > merkle.THREADS:
+                yield _awaited(hashed)
+        while hashed:
+            yield _awaited(hashed)
+
+
+def _awaited(hashed: deque[tuple[Words, Future[None]]]) -> Words:
+    y, checked = hashed.popleft()
+    checked.result()
+    return y
 
 
 def _release_info(frozen: Frozen, silo: int) -> bytes:

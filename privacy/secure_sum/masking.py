@@ -82,9 +82,9 @@ def pair_commitment(pair_key: bytes) -> bytes:
     return expand(pair_key, "gsum/1 commit")
 
 
-def vector_root(y: Words) -> bytes:
+def vector_root(y: Words, *, threads: int = merkle.THREADS) -> bytes:
     """The RFC 6962 root over the little-endian bytes of ``y`` in leaves of 64 KiB."""
-    return merkle.root(np.ascontiguousarray(y, dtype="<u4").view(np.uint8).data)
+    return merkle.root(np.ascontiguousarray(y, dtype="<u4").view(np.uint8).data, threads=threads)
 
 
 def build_header(
@@ -161,10 +161,10 @@ def check_header(
     return header
 
 
-def check_vector(y: Words, header: Header) -> None:
+def check_vector(y: Words, header: Header, *, threads: int = merkle.THREADS) -> None:
     """Return if ``y`` is the masked vector of which the header speaks. Raises TrustError naming the silo."""
     _check_words(y, f"the masked vector of silo {header.silo}")
-    if y.size != header.dimension or vector_root(y) != header.root:
+    if y.size != header.dimension or vector_root(y, threads=threads) != header.root:
         raise refused(f"the masked vector of silo {header.silo} does not match the root in its header")
 
 

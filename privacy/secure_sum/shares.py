@@ -332,8 +332,7 @@ def _leaves(shares: Bytes, peers: Sequence[int], **where: Unpack[_Where]) -> lis
 def _indices(header: Header, frozen: Frozen) -> dict[int, int]:
     """Where the secrets that are released stand in the dealer's bundle, by secret id."""
     # The bundle holds b_i, then the keys with all other silos of E: a missing one after i has one place less.
-    ranks = {gone: frozen.silos.index(gone) for gone in frozen.missing}
-    return {0: 0, **{gone: rank + (1 if gone < header.silo else 0) for gone, rank in ranks.items()}}
+    return {0: 0, **{gone: rank + (1 if gone < header.silo else 0) for gone, rank in frozen.ranks.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
