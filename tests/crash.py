@@ -36,6 +36,7 @@ from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 from pathlib import Path
 
+from aggregator.simulation import processes
 from privacy import federation
 from privacy.dp import ledger
 from privacy.identity import keys
@@ -44,7 +45,7 @@ from silo import config, membership
 from silo.home import Home
 from silo.participation import participate
 from silo.upload import Persisted
-from tests import sessions, whole
+from tests import sessions, warm, whole
 
 DUE = "! "
 EVERYTHING = "SILOQUY_FULL" in os.environ
@@ -236,8 +237,9 @@ def watch_network(fate: Fate) -> None:
     HttpTransport._once, socket.socket.send = exchange, sending
 
 
-def _live(words: tuple[str, ...], log: str, home: str, spare: Container[str] | None, kind: str) -> None:
-    """The child: the command as ``silo`` or ``aggregator`` runs it."""
+def _live(words: tuple[str, ...], log: str, home: str, spare: Container[str] | None, kind: str, children: str) -> None:
+    """The child: the command as ``silo`` or ``aggregator`` runs it; its own children come from ``children``, see tests/warm.py."""
+    processes._entry = warm.entry(children)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -324,7 +326,8 @@ class Commands:
         """Start a command. What it changes under ``watch``, its home unless given, are its sites."""
         self.count += 1
         log = self.folder / f"{self.count}-{words[1]}.log"
-        given = ([*map(str, words), "--home", str(home)], str(log), str(watch or home), spare, fate)
+        children = sessions.children_server() if words[1] == "simulate" else ""
+        given = ([*map(str, words), "--home", str(home)], str(log), str(watch or home), spare, fate, children)
         process = self.context.Process(target=_live, args=given, daemon=True)
         process.start()
         command = Command(process, log)

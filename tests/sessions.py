@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from pathlib import Path
 from cli import aggregator as aggregator_cli
 from cli import errors
 from cli import silo as silo_cli
+from tests import warm as warm_children
 
 APPS = {"silo": silo_cli.app, "aggregator": aggregator_cli.app}
 WORDS = ("fever", "cough", "rash", "pain", "sleep", "blood", "heart", "lung", "mild", "acute", "old", "young", "left", "right")
@@ -66,7 +69,8 @@ WARM = (
     "tests.crash", "silo.commands", "silo.learning.training", "silo.learning.evaluation",
     "aggregator.commands", "aggregator.service",
     "aggregator.reporting.compliance", "cli.output", "cli.progress", "dp_accounting.pld.privacy_loss_distribution",
-    "dp_accounting.rdp.rdp_privacy_accountant", "transformers.models.bert.modeling_bert", "pydantic.main", "encodings.idna",
+    "dp_accounting.rdp.rdp_privacy_accountant", "tests.warm", "transformers.models.bert.modeling_bert", "pydantic.main",
+    "encodings.idna",
 )  # fmt: skip
 """What the server has imported from which processes are forked."""
 
@@ -82,8 +86,11 @@ def warm():
 class Started:
     """A real process of ``silo`` or ``aggregator`` from the warm server: what subprocess.Popen has, as far as tests ask for it."""
 
-    def __init__(self, words: Sequence[str], *, out: Path | str, err: Path | str, cwd: Path | str | None = None):
-        self.process = warm().Process(target=_command, args=(words, str(out), str(err), cwd and str(cwd)), daemon=True)
+    def __init__(
+        self, words: Sequence[str], *, out: Path | str, err: Path | str, cwd: Path | str | None = None, children: str = ""
+    ):
+        given = (words, str(out), str(err), cwd and str(cwd), children)
+        self.process = warm().Process(target=_command, args=given, daemon=True)
         self.process.start()
 
     @property
@@ -110,14 +117,23 @@ class Started:
         self.process.kill()
 
 
-def _command(words: Sequence[str], out: str, err: str, cwd: str | None) -> None:
-    """The child: the command by its own entry point, with output in files."""
+def _command(words: Sequence[str], out: str, err: str, cwd: str | None, children: str) -> None:
+    """The child: the command by its own entry point, with output in files; its own children come from ``children``."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), encoding="utf-8") for n in (1, 2))
     os.environ.update(ENVIRONMENT)
     if cwd:
         os.chdir(cwd)
+    if children:
+        from aggregator.simulation import processes
+
+        processes._entry = warm_children.entry(children)
+    be(words)
+
+
+def be(words: Sequence[str]) -> None:
+    """Be the command ``words`` by its own entry point; ends the process."""
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), encoding="utf-8") for n in (1, 2))
     sys.argv, code = list(words), 1
     try:
         {"silo": silo_cli, "aggregator": aggregator_cli}[words[0]].main()
@@ -136,11 +152,23 @@ def start(*words: object, out: Path | str = os.devnull, cwd: Path | None = None)
     return Started([*map(str, words)], out=out, err=out, cwd=cwd)
 
 
-def finish(*words: object, timeout_s: float = 120.0, cwd: Path | None = None) -> Session:
-    """A real process, run to its end."""
+@functools.cache
+def children_server() -> str:
+    """The address of a server of warm children (tests/warm.py), one for all tests of this process."""
+    path = str(Path(tempfile.mkdtemp(prefix="siloquy-warm-")) / "socket")
+    process = warm().Process(target=warm_children.server, args=(path,), daemon=True)
+    process.start()
+    atexit.register(shutil.rmtree, Path(path).parent, ignore_errors=True)
+    until(Path(path).exists)
+    return path
+
+
+def finish(*words: object, timeout_s: float = 120.0, cwd: Path | None = None, warm_children: bool = False) -> Session:
+    """A real process, run to its end. With ``warm_children`` those that it starts are forked, see tests/warm.py."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        running = Started([*map(str, words)], out=out, err=err, cwd=cwd)
+        children = children_server() if warm_children else ""
+        running = Started([*map(str, words)], out=out, err=err, cwd=cwd, children=children)
         try:
             code = running.wait(timeout_s)
         finally:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import clocks, machine, noise, round, step_overhead, utility
 from silo.learning import training
 from silo.transport import HttpTransport
-from tests import sessions
+from tests import sessions, warm
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,15 @@ def test_the_step_is_compared_on_the_real_encoder(capsys, minilm):
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory):
+def warm_children():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aggregator.simulation.processes._entry", warm.entry(sessions.children_server()))
+        patch.setattr(utility, "get_context", lambda _: sessions.warm())
+        yield
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, warm_children):
     """One round that counts, of tiny silos."""
     folder = tmp_path_factory.mktemp("bench")
     data = sessions.write_rows(folder / "rows.jsonl", sessions.rows(60))
@@ -124,7 +132,7 @@ def test_a_missed_target_is_said_aloud():
     assert machine.verdict("x", "y", met=True).endswith("met")
 
 
-def test_utility_measures_a_data_set_with_and_without_privacy(tmp_path):
+def test_utility_measures_a_data_set_with_and_without_privacy(tmp_path, warm_children):
     for name, rows in (("train", sessions.rows(150)), ("test", sessions.rows(40, start_at=150))):
         plain = sessions.write_rows(tmp_path / "rows.jsonl", rows)
         (tmp_path / "tiny").mkdir(exist_ok=True)

@@ -138,7 +138,7 @@ def test_simulate_in_local_mode_charges_every_step_and_all_parties_reach_one_mod
     data, home = sessions.write_rows(tmp_path / "small.jsonl", sessions.rows(150)), tmp_path / "DIR"
     done = sessions.finish(
         "aggregator", "simulate", "--mode", "local", "--rounds", 2, "--steps-per-round", 3, "--rank", 4, "--data", data,
-        "--model", model, "--epsilon", 6, "--home", home, "--json",
+        "--model", model, "--epsilon", 6, "--home", home, "--json", warm_children=True,
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
     found = done.document

@@ -22,7 +22,8 @@ def simulated(tmp_path_factory):
     model, data = sessions.tiny_model(folder / "model"), sessions.write_rows(folder / "small.jsonl", sessions.rows(260))
     done = sessions.finish(
         "aggregator", "simulate", "--data", data, "--model", model, "--rank", 4, "--rounds", 3, "--epsilon", 6, "--silos", 4,
-        "--protocol", "shares", "--dropouts", 1, "--drop", "silo-3@2", "--home", folder / "DIR", "--json", timeout_s=900.0,
+        "--protocol", "shares", "--dropouts", 1, "--drop", "silo-3@2", "--home", folder / "DIR", "--json",
+        timeout_s=900.0, warm_children=True,
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
     return done, folder / "DIR"
