@@ -89,15 +89,14 @@ def join(
     Example:
       silo guard join --fingerprint "9c1f 03aa …"
     """
-    from cli.output import Output
+    from cli.output import Output, ask
     from silo.guardians import guard_commands
 
     output = Output(json=json)
     with guard_commands.joining(home, fingerprint, folder=folder) as visit:
         for line in visit.words:
             output.say("  " + line)
-        if not yes and not json:
-            typer.confirm("Is this the federation that this guardian serves?", abort=True, err=True)
+        ask("Is this the federation that this guardian serves?", yes=yes, json=json)
         accepted = visit.keep()
     output.result(
         {"guardian": visit.party.id, "name": visit.party.name, "contract": accepted.digest.hex()},

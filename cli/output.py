@@ -11,8 +11,11 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+import typer
 from rich.console import Console
 from rich.table import Table
+
+from privacy.errors import ConfigError
 
 
 class Output:
@@ -35,6 +38,19 @@ class Output:
             return
         for line in lines:
             self.out.print(line)
+
+
+def ask(question: str, *, yes: bool, json: bool) -> None:
+    """Return if the user agrees, or said so beforehand with ``--yes``; ends the command if not.
+
+    Raises:
+        ConfigError: code "not-agreed": under ``--json`` nobody can be asked.
+    """
+    if yes:
+        return
+    if json:
+        raise ConfigError(f"not agreed: {question}", hint="nobody is asked under --json: add --yes to agree", code="not-agreed")
+    typer.confirm(question, abort=True, err=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -33,13 +33,12 @@ def restore(
       silo restore
       silo restore --ledger /mnt/other-copy/ledger.jsonl --yes
     """
-    from cli.output import Output
+    from cli.output import Output, ask
     from silo import restoring
     from silo.guardians import guard_commands
 
     output = Output(json=json)
-    if not yes and not json:
-        typer.confirm("Delete this silo's epoch secrets, and charge every round since the backup?", abort=True, err=True)
+    ask("Delete this silo's epoch secrets, and charge every round since the backup?", yes=yes, json=json)
     if guard_commands.is_alone(home):
         epoch = guard_commands.restore(home, folder=folder)
         output.result({"epoch": epoch}, [f"next: `silo guard run`; this guardian sits out the epochs up to {epoch}"])

@@ -103,7 +103,7 @@ def join(
       silo join --fingerprint "9c1f 03aa …"
       silo join --fingerprint 5be1… --yes --json
     """
-    from cli.output import Output
+    from cli.output import Output, ask
     from privacy.dp.unprotected import in_words
     from silo import commands
 
@@ -111,9 +111,8 @@ def join(
     with commands.joining(home, fingerprint, folder=folder, without_privacy=without_differential_privacy) as visit:
         for line in visit.words:
             output.say("  " + line)
-        if not yes and not json:
-            loud = "" if visit.accepted.terms.is_private else ", WITHOUT DIFFERENTIAL PRIVACY"
-            typer.confirm(f"Does this silo agree to these terms{loud}?", abort=True, err=True)
+        loud = "" if visit.accepted.terms.is_private else ", WITHOUT DIFFERENTIAL PRIVACY"
+        ask(f"Does this silo agree to these terms{loud}?", yes=yes, json=json)
         member = visit.countersign()
     output.result(
         {"member": member.id, "name": member.name, "contract": visit.accepted.digest.hex(), **visit.cost},

@@ -221,6 +221,15 @@ def test_records_that_cannot_be_used_are_3_before_anything_is_signed(terminal, j
     assert not list((joinable / "contract").iterdir())
 
 
+def test_nothing_is_agreed_to_that_nobody_was_asked(terminal, joinable):
+    before = contents(joinable)
+    refused(terminal("silo join", "--home", joinable, "--json"), 3, "not-agreed", "agree to these terms", "--yes")
+    after = contents(joinable)
+    after.pop(".lock", None)
+    assert after == before
+    refused(terminal("silo restore", "--home", joinable, "--json"), 3, "not-agreed", "--yes")
+
+
 def test_more_units_than_the_contract_is_for_are_3_and_their_number_is_not_said(terminal, joinable):
     sessions.write_rows(joinable / "records.jsonl", sessions.rows(57))
     session = terminal("silo join", "--yes", "--home", joinable, "--json")

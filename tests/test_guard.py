@@ -106,7 +106,7 @@ def test_init_makes_a_home_once_and_says_what_it_made(run, founded, tmp_path):
 
 
 def test_join_wants_the_right_fingerprint_this_key_and_every_signature(run, town, tmp_path):
-    notary, words = town.notaries[0], ("silo", "guard", "join", "--json")
+    notary, words = town.notaries[0], ("silo", "guard", "join", "--yes", "--json")
     refused(run.run("silo", "guard", "run", "--json", home=notary), 3, "not-joined")
     refused(run.run(*words, home=notary), 3, "fingerprint")
     with crash.serving(run, town):

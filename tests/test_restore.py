@@ -371,7 +371,7 @@ def test_the_command(served, capsys):
     assert done.code == 0, done.err
     for line in ("round 2: 1 attempt", "round 3: 2 attempts", "`aggregator epoch`"):
         assert line in done.out, done.out
-    again = Terminal(capsys)("silo restore", "--json", "--home", root_of(served))
+    again = Terminal(capsys)("silo restore", "--yes", "--json", "--home", root_of(served))
     assert again.document["charged"] == []
     assert again.document["epoch"] == 1
 
