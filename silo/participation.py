@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from privacy.errors import Replay, RoundError, TrustError
 from privacy.messages import AGGREGATOR, Manifest, Signed, decode
 from silo import session
+from silo.catching_up import catch_up
 from silo.guardians.guarding import Watching, guarding
 from silo.parts import Parts, Settled
 from silo.round import POLL_S, Rounds
@@ -84,6 +85,8 @@ class _Taking:
         if newer is not None:
             missed = self._follow(wait_s=0.0)
             if missed is None:
+                parts = self._parts
+                catch_up(parts.home, parts.transport, parts.accepted)  # what ended under an earlier version while this silo waited
                 self._establish(newer)
             return missed
         if self._outside and (self._epoch is None or self._outside > self._epoch.number):

@@ -39,7 +39,7 @@ from tests.test_enrolment import with_terms
 from tests.test_review_log import Shelf
 from tests.test_rotation import LIMITS, NAMES, NOW, Town
 from tests.test_rotation import refused as refuses
-from tests.whole import Whole
+from tests.whole import Whole, together
 
 
 @pytest.fixture
@@ -482,6 +482,23 @@ def test_a_superseded_guardian_does_not_poll_without_pause(notarised, tmp_path):
     assert len(slept) >= 4, "a pause before every look but the first two"
     with pytest.raises(Superseded):
         guard(whole, 1, 1, [])
+
+
+def test_a_late_silo_that_waits_follows_what_ends_meanwhile(tmp_path):
+    """Silo 4 starts under version 2 while round 2 is open under version 1: it follows that too before it enters the epoch."""
+    whole = Whole.create(tmp_path / "federation", silos=(1, 2, 3))
+    whole.run(2)
+    fourth = new_home(whole, "silo-4", "silo-4", records=True)
+    second = succeed(whole, {**tables(whole), 4: ("member", party_table("member", 4, "silo-4", "Hospital 4", fourth))})
+    line = whole.line()
+    line.alter = lambda slot, data: None if slot[:2] == ("outcome", 2) else data
+    assert catch_up(Home(whole.root / "silo-4"), line, second) == 1
+    late = whole.silo(4, accepted=second)
+    jobs = [functools.partial(whole.take_part, silo, 3) for silo in (1, 2, 3)]
+    *_, settled, closed = together(*jobs, functools.partial(late.take_part, 1), functools.partial(whole.coordinate, 3))
+    assert [each.kind for each in closed] == ["result"]
+    assert [each.round for each in settled] == [3]
+    assert {whole.progress(silo).state.digest for silo in whole.silos} == {closed[-1].state}
 
 
 def test_in_local_mode_following_others_does_not_touch_the_own_optimiser(tmp_path):
