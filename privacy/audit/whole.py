@@ -89,7 +89,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         if self.relied:
             parts.append(
                 f"{_rounds(self.relied)} by signatures and update rule only: the masked vectors were deleted, "
-                "and the sums rest on the silos' acknowledgements"
+                "and the sums rest on the silos' word, each an acknowledgement or verdicts on slices"
             )
         if self.void:
             parts.append(f"{_rounds(self.void)} void, nothing was summed")
