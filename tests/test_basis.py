@@ -7,6 +7,7 @@ import hashlib
 import math
 import struct
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,64 @@ def test_lapack_that_is_not_accurate_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(basis.np.linalg, "svd", lambda w, full_matrices: [x * 1.0001 for x in exact(w, full_matrices=False)])
     with pytest.raises(MachineError, match="orthonormal"):
         weights_basis(matrix(8, 8), 2)
+
+
+# --- Large weights --------------------------------------------------------------------------------------------------------------
+
+
+def decaying(m: int, n: int, seed: int = 0) -> np.ndarray:
+    """A weight like those of transformers: a power law of directions over a bulk."""
+    rank = min(m, n) // 2
+    left, right = (np.linalg.qr(matrix(side, rank, seed + place))[0] for place, side in enumerate((m, n)))
+    return (left * (10 / np.arange(1, rank + 1) ** 0.7)) @ right.T + matrix(m, n, seed + 2) / np.sqrt(n)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(120, 200, 20), (200, 120, 8), (300, 300, 64)])
+def test_a_large_weight_has_nearly_the_energy_of_the_best_basis(
+    m: int, n: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = decaying(m, n)
+    exact = [x.astype(np.float64) for x in weights_basis(weight, rank)]
+    monkeypatch.setattr(basis, "EXACT_UP_TO", 100)
+    b, a = weights_basis(weight, rank)
+    again = weights_basis(weight, rank)
+    assert (b == again[0]).all()
+    assert (a == again[1]).all()
+    assert not (b == exact[0]).all()
+    wide_b, wide_a = b.astype(np.float64), a.astype(np.float64)
+    for vectors in (wide_b.T, wide_a):
+        assert np.abs(vectors @ vectors.T - np.eye(rank)).max() <= 1e-5
+        assert (np.round(vectors / GRID) * GRID == vectors).all()
+    assert (wide_b[np.abs(wide_b).argmax(axis=0), np.arange(rank)] > 0).all()
+    best = np.linalg.norm(exact[0].T @ weight @ exact[1].T)
+    assert np.linalg.norm(wide_b.T @ weight @ wide_a.T) ** 2 >= 0.99 * best**2
+    strongest = np.abs((exact[0][:, :3] * wide_b[:, :3]).sum(axis=0))
+    assert (strongest >= 1 - 1e-6).all()
+
+
+def test_only_weights_above_1500_on_both_sides_are_randomised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact way, and so its bytes, are kept for all others; and no large weight meets the exact one."""
+    asked: list[tuple[int, ...]] = []
+    exact = np.linalg.svd
+
+    def spied(w: np.ndarray, full_matrices: bool = True) -> list[np.ndarray]:
+        asked.append(w.shape)
+        m, n = w.shape
+        if m < 1500:
+            return exact(w, full_matrices=False)
+        return [np.eye(m)[:, : min(m, n)], np.ones(min(m, n)), np.eye(n)[: min(m, n)]]
+
+    monkeypatch.setattr(basis.np.linalg, "svd", spied)
+    weights_basis(np.zeros((1600, 1500)), 2)
+    weights_basis(matrix(1501, 1502), 2)
+    assert asked == [(1600, 1500), (18, 1502)]
+
+
+def test_the_randomised_basis_touches_no_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basis, "EXACT_UP_TO", 30)
+    before = np.random.get_state()[1].copy()
+    weights_basis(matrix(60, 50), 4)
+    assert (np.random.get_state()[1] == before).all()
 
 
 # --- A public seed ---------------------------------------------------------------------------------------------------------------
@@ -183,6 +242,14 @@ def test_the_random_basis_looks_at_no_weight_and_needs_no_svd(monkeypatch: pytes
     assert (ones[0] == other[0]).all()
     assert (ones[1] == other[1]).all()
     assert (ones[0] == random_basis(bytes.fromhex(terms.model.digest), NAME, (48, 16), 3)[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["private", "raw"])
+def test_a_basis_out_of_a_gradient_is_not_computed_from_a_weight(kind: str) -> None:
+    terms = tiny_models.terms(["x"])
+    terms = msgspec.structs.replace(terms, adapter=msgspec.structs.replace(terms.adapter, basis=kind))
+    with pytest.raises(ConfigError, match="out of a gradient"):
+        factors(terms, "x", matrix(12, 10))
 
 
 def test_the_contract_chooses_the_basis() -> None:
