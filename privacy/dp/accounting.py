@@ -8,8 +8,9 @@ continuous Gaussian at ``effective_noise_multiplier``; the discrete mechanism is
 divergence, so epsilon grows by 2 zeta and delta is evaluated at delta / exp(zeta) (docs/concepts/privacy.md).
 
 ``certify`` is for parameters fixed before the first step. What is chosen after a release was seen (another run, more
-rounds) is bounded by ``certify_adaptive``, an RDP filter. Not promised: credit for disjoint units, for several silos per
-unit, or for participation. The central-limit (GDP) accountant is absent on purpose: it under-reports.
+rounds) is bounded by ``certify_adaptive``, an RDP filter. A unit that contributes several times (``mechanism.LatticeMixture``)
+has a curve and a distribution of its own (``mixture``). Not promised: credit for disjoint units or for participation. The
+central-limit (GDP) accountant is absent on purpose: it under-reports.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.dp import pld
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp import mixture, pld
+from privacy.dp.mechanism import LatticeMixture, Noised
 from privacy.errors import NotCertified, PrivacyRefusal
 
 Floats = NDArray[np.float64]
@@ -55,7 +56,7 @@ class Certificate:
     orders_checked: int
 
 
-def certify(events: Sequence[LatticeGaussian], delta: float) -> Certificate:
+def certify(events: Sequence[Noised], delta: float) -> Certificate:
     """The certified (epsilon, delta) of all ``events`` together, for parameters that were fixed in advance.
 
     Formal guarantees: epsilon is at least the true epsilon of the discrete mechanisms, the smaller of two valid bounds.
@@ -76,7 +77,7 @@ def certify(events: Sequence[LatticeGaussian], delta: float) -> Certificate:
     return _certify(_merged(events), _proper(delta))
 
 
-def certify_adaptive(events: Sequence[LatticeGaussian], delta: float, *, order: int) -> Certificate:
+def certify_adaptive(events: Sequence[Noised], delta: float, *, order: int) -> Certificate:
     """The (epsilon, delta) of ``events`` whose parameters may have been chosen after earlier releases were seen.
 
     Formal guarantees: valid for adaptively chosen mechanisms (Feldman, Zrnic 2021, Theorem 4.3) when ``order`` was fixed
@@ -90,28 +91,28 @@ def certify_adaptive(events: Sequence[LatticeGaussian], delta: float, *, order: 
     if not events:
         return fixed
     zeta = pld.slack(events)
-    composed = sum(count * _agreed_curve(*key)[order - 2] for key, count in pld.steps_of(events).items())
+    composed = sum(count * _curve(*key)[order - 2] for key, count in pld.steps_of(events).items())
     epsilon = float(composed) + conversion(order, delta * math.exp(-zeta)) + 2 * zeta
     if not epsilon < math.inf:
         raise _not_finite(math.inf, epsilon)
     return replace(fixed, epsilon=max(0.0, epsilon), epsilon_rdp=max(0.0, epsilon))
 
 
-def epsilon_rdp(events: Sequence[LatticeGaussian], delta: float) -> float:
+def epsilon_rdp(events: Sequence[Noised], delta: float) -> float:
     """Epsilon of the composition by RDP, at integer orders and tenths; at each order the larger of two implementations counts.
 
     Raises:
         NotCertified: the implementations disagree, or the result is not finite.
     """
     zeta = pld.slack(events)
-    curve = np.sum([count * _agreed_curve(*key) for key, count in pld.steps_of(events).items()], axis=0)
+    curve = np.sum([count * _curve(*key) for key, count in pld.steps_of(events).items()], axis=0)
     best = _best_epsilon(curve, _proper(delta) * math.exp(-zeta)) + 2 * zeta if events else 0.0
     if not best < math.inf:
         raise _not_finite(math.inf, best)
     return best
 
 
-def epsilon_pld(events: Sequence[LatticeGaussian], delta: float) -> float:
+def epsilon_pld(events: Sequence[Noised], delta: float) -> float:
     """Epsilon of the composition by pessimistic PLD; infinite where the screen says that it must not be tried."""
     return _certify(_merged(events), _proper(delta)).epsilon_pld
 
@@ -134,7 +135,7 @@ def check_delta(delta: float, federation_units: int) -> None:
 class Curve:
     """Certified epsilon of one mechanism after k steps, on top of a fixed ``past``; ``curve(0)`` is the past alone."""
 
-    def __init__(self, event: LatticeGaussian, delta: float, *, past: Sequence[LatticeGaussian] = ()) -> None:
+    def __init__(self, event: Noised, delta: float, *, past: Sequence[Noised] = ()) -> None:
         self._event = event
         self._delta = _proper(delta)
         self._past = tuple(past)
@@ -148,8 +149,11 @@ class Curve:
         return [(count, self(count)) for count in steps]
 
 
-def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int, make: Callable[[float], LatticeGaussian]) -> float:
-    """The smallest noise multiplier sigma, on a grid of 1e-4, whose plan is certified at (epsilon, delta).
+def calibrate(
+    *, epsilon: float, delta: float, sampling_rate: float, steps: int, make: Callable[[float], Noised],
+    beside: Sequence[Noised] = (),
+) -> float:  # fmt: skip
+    """The smallest noise multiplier sigma, on a grid of 1e-4, whose plan is certified at (epsilon, delta), ``beside`` included.
 
     ``make`` gives one step's mechanism for sigma, at ``sampling_rate``; more sigma must never mean less noise.
 
@@ -163,15 +167,24 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int,
     if not 0 < epsilon < math.inf:
         raise PrivacyRefusal(f"the target epsilon is {epsilon}, it must be a positive number", hint="correct epsilon")
 
-    def event(ticks: int) -> LatticeGaussian:
+    def event(ticks: int) -> Noised:
         made = make(ticks / _TICKS).with_steps(steps)
         if made.sampling_rate != sampling_rate:
             message = f"the plan samples at {made.sampling_rate}, calibration was asked for {sampling_rate}"
             raise PrivacyRefusal(message, hint="use one sampling rate")
         return made
 
-    upper = _first_within(lambda ticks: _or_infinity(lambda: _own_epsilon_rdp(event(ticks), delta)), epsilon)
-    return _smallest_within(lambda ticks: _or_infinity(lambda: certify([event(ticks)], delta).epsilon), epsilon, upper) / _TICKS
+    def by_rdp(ticks: int) -> float:
+        return epsilon_rdp([*beside, event(ticks)], delta) if beside else _own_epsilon_rdp(event(ticks), delta)
+
+    upper = _first_within(lambda ticks: _or_infinity(lambda: by_rdp(ticks)), epsilon)
+
+    def cost(ticks: int) -> float:
+        return _or_infinity(lambda: certify([*beside, event(ticks)], delta).epsilon)
+
+    while not cost(upper) <= epsilon:
+        upper += 1 + upper // 16  # the search above looks at fewer orders, and of a mixture at one way of neighbouring
+    return _smallest_within(cost, epsilon, upper) / _TICKS
 
 
 @functools.lru_cache(maxsize=512)
@@ -232,8 +245,26 @@ def _agreed_curve(rate: float, sigma: float) -> Floats:
     return np.concatenate([np.maximum(own, reference), np.where(inside, fractional, above)])
 
 
-def _own_epsilon_rdp(event: LatticeGaussian, delta: float) -> float:
+def _curve(rate: float, sigma: float, contributions: int) -> Floats:
+    """RDP of one step at the integer, then the fractional orders, for a unit of so many contributions, each drawn by itself.
+
+    The noise is a sum of k independent parts, each of a k-th of its variance: whoever sees each contribution with a part of its own
+    sees more. So k steps at sigma / sqrt(k) bound it too; that counts where there is too much to expand (``mixture.expands``).
+    """
+    if contributions == 1:
+        return _agreed_curve(rate, sigma)
+    if mixture.expands(sigma, contributions):
+        return mixture.rdp_curve(rate, sigma, contributions, INTEGER_ORDERS + FRACTIONAL_ORDERS)
+    return contributions * _agreed_curve(rate, math.nextafter(sigma / math.sqrt(contributions), 0.0))
+
+
+def _own_epsilon_rdp(event: Noised, delta: float) -> float:
     """Epsilon of one mechanism by our own curve at the integer orders: 20 times faster than ``epsilon_rdp``, for searching."""
+    if isinstance(event, LatticeMixture):
+        key, steps = next(iter(pld.steps_of([event]).items()))
+        if mixture.expands(key[1], key[2]):
+            return max(0.0, mixture.quick_epsilon(*key, steps, lambda order: conversion(order, delta)))
+        return epsilon_rdp([event], delta)
     return _best_epsilon(event.steps * rdp_curve(event.sampling_rate, event.effective_noise_multiplier), delta)
 
 
@@ -250,7 +281,7 @@ def conversion(order: float, delta: float) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _certify(events: tuple[LatticeGaussian, ...], delta: float) -> Certificate:
+def _certify(events: tuple[Noised, ...], delta: float) -> Certificate:
     if not events:
         return Certificate(epsilon=0.0, epsilon_pld=0.0, epsilon_rdp=0.0, delta=delta, discretization=0.0, orders_checked=0)
     by_rdp = epsilon_rdp(events, delta)
@@ -302,12 +333,12 @@ def _or_infinity(cost: Callable[[], float]) -> float:
         return math.inf
 
 
-def _merged(events: Sequence[LatticeGaussian]) -> tuple[LatticeGaussian, ...]:
+def _merged(events: Sequence[Noised]) -> tuple[Noised, ...]:
     """Equal mechanisms as one with their steps summed, in one order: the key under which figures are cached."""
-    counts: dict[LatticeGaussian, int] = {}
+    counts: dict[Noised, int] = {}
     for event in events:
         counts[event.with_steps(1)] = counts.get(event.with_steps(1), 0) + event.steps
-    return tuple(sorted((event.with_steps(count) for event, count in counts.items()), key=LatticeGaussian.as_json))
+    return tuple(sorted((event.with_steps(count) for event, count in counts.items()), key=lambda event: event.as_json()))
 
 
 def _proper(delta: float) -> float:

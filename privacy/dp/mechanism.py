@@ -27,6 +27,9 @@ MIN_SHARE_VARIANCE = 64**2
 MOST_STEPS = 10**9
 """The most steps that one mechanism is composed over."""
 
+MOST_CONTRIBUTIONS = 2**16
+"""The most that one unit may contribute in one step."""
+
 _MAX_INTEGER = 2**63 - 1
 
 
@@ -135,6 +138,75 @@ class LatticeGaussian(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
 
 
+class LatticeMixture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lattice-gaussian-mixture"):
+    """``LatticeGaussian`` as a unit is exposed to it that contributes more than once, each time by a coin of its own.
+
+    Neighbouring relation: that unit added or removed, with all of its contributions. The other fields are those of
+    ``LatticeGaussian``; ``privacy.dp.groups`` makes these from one.
+
+    Args:
+        contributions: k, how many vectors of norm at most 2^p the unit may add to *one* sum: silos that know it, or its records.
+        releases: how many such sums, each with noise of its own, are released in one step: silos whose uploads are read alone.
+
+    Formal guarantees: ``steps`` times ``releases`` compositions of N(0, z^2) against N(J, z^2), J from Binomial(k, q) and z the
+    ``effective_noise_multiplier``, bound the privacy of the mechanism, up to a max divergence of ``slack_log`` in all
+    (docs/concepts/privacy.md, "A unit in several places"). Fewer contributions, of any norm up to 2^p, cost less.
+
+    Raises:
+        PrivacyRefusal: a value is not a number of the stated range, or neither figure is above 1.
+    """
+
+    sampling_rate: float
+    lattice_bits: int
+    share_variance: int
+    shares: int
+    dimension: int
+    steps: int
+    contributions: int
+    releases: int
+
+    def __post_init__(self) -> None:
+        _check_rate(self)
+        _check_counts(self, *_COUNTS, *_COUNTS_OF_MIXTURE)
+        if self.contributions * self.releases < 2:
+            raise _outside("contributions", self.contributions, "above 1 where there is one release: else it is a lattice-gaussian")
+
+    @property
+    def once(self) -> LatticeGaussian:
+        """The mechanism as a unit is exposed to it that contributes once."""
+        return LatticeGaussian(**{name: getattr(self, name) for name in LatticeGaussian.__struct_fields__})
+
+    @property
+    def effective_noise_multiplier(self) -> float:
+        """As ``LatticeGaussian`` has it: the smoothing does not depend on how far the sum is shifted.
+
+        Raises:
+            NotCertified: s < 64.
+        """
+        return self.once.effective_noise_multiplier
+
+    @property
+    def slack_log(self) -> float:
+        """As ``LatticeGaussian`` has it, for every release of every step.
+
+        Raises:
+            NotCertified: s < 64.
+        """
+        return self.releases * self.once.slack_log
+
+    def with_steps(self, steps: int) -> LatticeMixture:
+        """The same mechanism run ``steps`` times."""
+        return msgspec.structs.replace(self, steps=steps)
+
+    def with_shares(self, shares: int) -> LatticeMixture:
+        """The same mechanism against an adversary who faces ``shares`` shares of the noise."""
+        return msgspec.structs.replace(self, shares=shares)
+
+    def as_json(self) -> bytes:
+        """The mechanism as compact JSON; equal mechanisms give equal bytes."""
+        return msgspec.json.encode(self)
+
+
 class Unprotected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="no-differential-privacy"):
     """Poisson-sampled units, clipped to integer vectors of norm at most 2^p and summed **without noise**; ``steps`` times.
 
@@ -162,7 +234,9 @@ class Unprotected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return msgspec.structs.replace(self, steps=steps)
 
 
-Mechanism = LatticeGaussian | Unprotected
+Noised = LatticeGaussian | LatticeMixture
+"""Every kind with noise: what an accountant can be asked about."""
+Mechanism = LatticeGaussian | LatticeMixture | Unprotected
 """Every kind of mechanism this version knows."""
 
 
@@ -188,6 +262,7 @@ def adversaries(event: LatticeGaussian, *, silos: int, colluders: int) -> dict[s
 
 
 _COUNTS = {"lattice_bits": 30, "share_variance": _MAX_INTEGER, "shares": 10**6, "dimension": 2**40, "steps": MOST_STEPS}
+_COUNTS_OF_MIXTURE = {"contributions": MOST_CONTRIBUTIONS, "releases": MOST_CONTRIBUTIONS}
 
 
 def _check_rate(event: Mechanism) -> None:
@@ -199,7 +274,7 @@ def _check_rate(event: Mechanism) -> None:
 
 def _check_counts(event: Mechanism, *names: str) -> None:
     for name in names:
-        value, top = getattr(event, name), _COUNTS[name]
+        value, top = getattr(event, name), (_COUNTS | _COUNTS_OF_MIXTURE)[name]
         if type(value) is not int or not 1 <= value <= top:
             raise _outside(name, value, f"an integer from 1 to {top}")
 
