@@ -216,3 +216,21 @@ def _last(holds: Callable[[float], bool], low: float, high: float, *, tolerance:
 def merged(parts: Iterable[tuple[Outcome, ...]]) -> tuple[Outcome, ...]:
     """The outcomes of several scores as one rule: the union bound then counts them all."""
     return tuple(outcome for part in parts for outcome in part)
+
+
+def interval(found: int, trials: int, error: float) -> tuple[float, float]:
+    """An interval that holds the chance behind ``found`` of ``trials`` independent trials (Clopper, Pearson 1934).
+
+    Formal guarantees: it misses the chance with probability at most ``error``, half of it on each side; its ends are the exact ones
+    moved outwards by at most 1e-6.
+    """
+
+    def low(chance: float) -> bool:
+        return float(binomial(trials, chance)[found:].sum()) <= error / 2
+
+    def high(chance: float) -> bool:  # of a failure
+        return float(binomial(trials, chance)[trials - found :].sum()) <= error / 2
+
+    least = 0.0 if found == 0 else _last(low, 0.0, found / trials, tolerance=1e-6)
+    most = 1.0 if found == trials else 1 - _last(high, 0.0, 1 - found / trials, tolerance=1e-6)
+    return least, most

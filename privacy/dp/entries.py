@@ -27,8 +27,12 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     version: int
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run declared before its first step: the whole plan against insiders, and the limits it was admitted under."""
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A run declared before its first step: the whole plan against insiders, and the limits it was admitted under.
+
+    ``units``: as in ``Reserve``, for the units it was admitted for. ``before``: the basis rounds that come before those of
+    ``mechanism``, where the contract has them.
+    """
 
     kind: ClassVar[str] = "plan"
     contract: Hex
@@ -36,16 +40,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     mechanism: Mechanism
     epsilon: float
     delta: float
+    units: Digest | None = None
+    before: Mechanism | None = None
 
 
-class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One attempt at a round, charged in full from here on."""
+class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One attempt at a round, charged in full from here on.
+
+    ``units``: SHA-256 of the file that names the units it may draw (``privacy.dp.overlap``); none where nothing was said of them.
+    """
 
     kind: ClassVar[str] = "reserve"
     contract: Hex
     round: Count
     attempt: Hex
     mechanism: Mechanism
+    units: Digest | None = None
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

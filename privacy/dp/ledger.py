@@ -226,11 +226,18 @@ class Ledger(History):
                 files.write_atomic(path, data[: ledger._size], mode=files.PRIVATE)
         return ledger
 
-    def declare(self, *, contract: str, run: str, mechanism: Mechanism, epsilon: float, delta: float) -> None:
-        """Write the whole plan of a run, and the limits it was admitted under."""
-        self._append(Plan(contract=contract, run=run, mechanism=mechanism, epsilon=epsilon, delta=delta))
+    def declare(
+        self, *, contract: str, run: str, mechanism: Mechanism, epsilon: float, delta: float, units: str | None = None,
+        before: Mechanism | None = None,
+    ) -> None:  # fmt: skip
+        """Write the whole plan of a run, the limits it was admitted under, and for which units (``entries.Reserve.units``)."""
+        self._append(
+            Plan(contract=contract, run=run, mechanism=mechanism, epsilon=epsilon, delta=delta, units=units, before=before)
+        )
 
-    def reserve(self, *, contract: str, round_number: int, attempt: str, mechanism: Mechanism) -> None:
+    def reserve(
+        self, *, contract: str, round_number: int, attempt: str, mechanism: Mechanism, units: str | None = None
+    ) -> None:
         """Charge one attempt, before anything of it is computed.
 
         Raises:
@@ -241,7 +248,7 @@ class Ledger(History):
                 f"attempt {attempt[:16]} at round {round_number} is charged already, each attempt needs its own",
                 hint="resend the sealed bytes of that attempt, or draw a new one", code="attempt-charged", round=round_number,
             )
-        self._append(Reserve(contract=contract, round=round_number, attempt=attempt, mechanism=mechanism))
+        self._append(Reserve(contract=contract, round=round_number, attempt=attempt, mechanism=mechanism, units=units))
 
     def commit(self, *, contract: str, round_number: int, attempt: str, silos: int | None = None) -> None:
         """Note that a reserved attempt became part of a released sum, over so many ``silos``.

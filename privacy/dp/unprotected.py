@@ -11,7 +11,8 @@ Everything that asks about a *ledger* asks here, for a ledger may hold a run wit
 - *Otherwise untouched*: without such a one the result is that of ``privacy.dp.accounting``, the same object.
 
 Epsilon belongs to units: an infinite charge says nothing about units that no such run ever drew from. No credit is taken for
-that here, as for no other disjointness: records that no earlier run used belong into a silo of their own, with its own ledger.
+that: a silo's figure is that of its most spent unit (``privacy.dp.overlap``), so it is infinite with one such run on the ledger,
+whoever the others drew. Records that no such run used belong into a silo of their own, with its own ledger.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from typing import Final
 
 from privacy.dp import accounting
 from privacy.dp.accounting import Certificate
-from privacy.dp.mechanism import LatticeGaussian, Mechanism
+from privacy.dp.mechanism import Mechanism, Noised, Unprotected
 
 IN_WORDS: Final = "none: no differential privacy"
 """What stands where an epsilon would stand."""
 
 
-def noised(events: Sequence[Mechanism]) -> list[LatticeGaussian] | None:
+def noised(events: Sequence[Mechanism]) -> list[Noised] | None:
     """The events as the accountants take them; None when one of them has no noise: then there is no figure to ask for."""
-    found = [event for event in events if isinstance(event, LatticeGaussian)]
+    found = [event for event in events if not isinstance(event, Unprotected)]
     return found if len(found) == len(events) else None
 
 
