@@ -175,7 +175,7 @@ def run(settings: simulate.Settings, *, counted: int, every: int) -> Measured:
         terms=terms,
         records=[len(share) for share in dealt.shares],
         precision=training.resolve(config.load(homes[0] / "silo.toml").compute)[1],
-        lora_bytes=4 * (terms.adapter.rank * width + len(terms.task.labels) * (terms.model.hidden_size + 1)),
+        lora_bytes=4 * (terms.adapter.vectors * width + len(terms.task.labels) * (terms.model.hidden_size + 1)),
     )
 
 

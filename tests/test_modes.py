@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of modes runs with tiny settings: every mode, with noise and without, resumed from its file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks import modes
+from privacy.federation import ring_plan
+from tests import sessions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a task of single texts and one of pairs."""
+    at = tmp_path_factory.mktemp("modes")
+    sessions.tiny_model(at / "model")
+    for part, rows in (("train", sessions.rows(120)), ("test", sessions.rows(30, start_at=300))):
+        pairs = [{"premise": row["text"], "hypothesis": row["text"], "label": row["label"]} for row in rows]
+        for task, found in (("one", rows), ("pairs", pairs)):
+            (at / task).mkdir(exist_ok=True)
+            (at / task / f"{part}.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in found).encode()))
+    return at
+
+
+def words(folder, *more):
+    fixed = ("--model", folder / "model", "--rounds", 4, "--batch", 60, "--local-steps", 2, "--rank", 4, "--seeds", 1)
+    where = ("--data", folder, "--results", folder / "runs.jsonl", "--workers", 0, "--precision", "float32")
+    return list(map(str, (*fixed, *where, *more)))
+
+
+def test_every_mode_is_measured_once_with_and_without_noise_and_drawn(folder):
+    said = []
+    asked = words(folder, "--tasks", "one", "--epsilons", 4, math.inf, "--picture", folder / "modes.svg")
+    modes.main(asked, say=said.append)
+    rows = list(modes.finished(folder / "runs.jsonl").values())
+    assert [(row.run.epsilon, row.run.mode) for row in rows] == [(e, m) for e in (4.0, math.inf) for m in modes.MODES]
+    assert all(0 <= row.accuracy <= 1 for row in rows)
+    assert all((row.noise_multiplier > 0) == (row.run.epsilon == 4) for row in rows)
+    assert len({row.noise_multiplier for row in rows if row.run.epsilon == 4}) == 1, "the same steps need the same noise"
+    assert said[-1].count("\n| one |") == 2
+    assert ElementTree.fromstring((folder / "modes.svg").read_text()).tag.endswith("svg")
+    before = (folder / "runs.jsonl").read_bytes()
+    modes.main(asked, say=said.append)
+    assert (folder / "runs.jsonl").read_bytes() == before, "nothing is done twice"
+
+
+def test_pairs_of_texts_are_a_task_too(folder):
+    modes.main(words(folder, "--tasks", "pairs", "--modes", "joint", "--epsilons", 4), say=lambda _: None)
+    rows = [row for row in modes.finished(folder / "runs.jsonl").values() if row.run.task == "pairs"]
+    assert [row.run.mode for row in rows] == ["joint"]
+
+
+def test_joint_carries_a_share_more_than_pooled(folder):
+    run = modes.Run(
+        data=str(folder), task="one", mode="joint", epsilon=4.0, seed=0, rounds=4, batch=60, model=str(folder / "model"),
+        precision="float32",
+    )  # fmt: skip
+    terms = modes.here(run.data, run.task, 0, 0, 4, 60, 4, run.model).terms
+    share = ring_plan(terms).share_variance
+    spreads = [np.var(np.concatenate([modes.drawn(terms, count) for _ in range(20)])) for count in (terms.shares, modes.SILOS)]
+    numbers = 20 * terms.dimension
+    for found, count in zip(spreads, (2, 3), strict=True):
+        assert abs(found / (count * share) - 1) < 6 * math.sqrt(2 / numbers)
