@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.reporting import charts
-from aggregator.reporting.charts import Line
+from privacy.reporting import charts
+from privacy.reporting.charts import Line
 
 LINES = (
     Line(label="PLD 1.70", points=((0, 0), (10, 1.0), (24, 1.55), (30, 1.7)), style="first"),

@@ -18,6 +18,7 @@ from privacy import federation
 from privacy.dp import accounting
 from privacy.errors import ConfigError
 from privacy.identity import keys
+from privacy.reporting import numbers
 from tests.sample_report import NAMES, contract, make, run, sample
 
 DELTA = 1e-6
@@ -215,20 +216,21 @@ def test_parameters_are_the_contracts():
 
 def test_only_commands_of_this_project_are_named():
     commands = [each.command for each in sample().checks]
-    assert commands == ["silo budget", "silo status", "aggregator report", "sha256sum report.json"]
+    own = ["silo verify --report report.json", "silo budget", "silo status"]
+    assert commands == [*own, "aggregator report", "sha256sum report.json"]
 
 
 @given(st.floats(0, 1e6))
 def test_rounding_never_flatters(value):
-    assert float(wording.up(value)) >= value >= float(wording.down(value))
-    assert float(wording.up(value)) - value < 0.0101
+    assert float(numbers.up(value)) >= value >= float(numbers.down(value))
+    assert float(numbers.up(value)) - value < 0.0101
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(1e-6, "10⁻⁶"), (8.3e-6, "8.3 × 10⁻⁶"), (5e-4, "5 × 10⁻⁴"), (1.2e-10, "1.2 × 10⁻¹⁰"), (1.0, "10⁰")]
 )
 def test_small_numbers_in_print(value, text):
-    assert wording.scientific(value) == text
+    assert numbers.scientific(value) == text
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_small_numbers_in_print(value, text):
     [(0, "0 bytes"), (999, "999 bytes"), (15_368, "15.4 kB"), (999_900, "1000 kB"), (7_340_000, "7.34 MB"), (2e9, "2 GB")],
 )
 def test_sizes_in_print(count, text):
-    assert wording.size(count) == text
+    assert numbers.size(count) == text
 
 
 SIMULATED = {"simulated": True}

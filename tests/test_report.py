@@ -24,7 +24,8 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>&\"'</style></ti
 VOID_TAGS = {"meta", "br", "img", "link"}
 
 _KEYS = """
-accounting.charged[].rounds accounting.charged[].version accounting.order accounting.planned[].rounds
+accounting.charged[].basis accounting.charged[].rounds accounting.charged[].version accounting.order
+accounting.planned[].basis accounting.planned[].rounds rounds[].basis silos[].charged[].basis
 accounting.planned[].version silos[].charged[].rounds silos[].charged[].version silos[].versions[] rounds[].version
 versions[].digest versions[].event.dimension versions[].event.lattice_bits versions[].event.sampling_rate
 versions[].event.share_variance versions[].event.shares versions[].event.steps versions[].event.type versions[].first_round
@@ -35,7 +36,8 @@ accounting.plan.epsilon_rdp accounting.plan.rounds accounting.plan.steps account
 accounting.profile[].spent accounting.spent.epsilon accounting.spent.epsilon_pld accounting.spent.epsilon_rdp
 accounting.spent.rounds accounting.spent.steps aggregator_fingerprint assumptions[].id assumptions[].if_wrong
 assumptions[].severity assumptions[].text burn_down[].epsilon burn_down[].epsilon_pld burn_down[].epsilon_rdp burn_down[].rounds
-burn_down[].steps checks[].command checks[].shows checks[].where composition[] consents[] extra.* federation.contract_digest
+burn_down[].steps checks[].command checks[].shows checks[].where composition[] consents[] crosswalk[].evidence[] crosswalk[].id
+crosswalk[].layer crosswalk[].residual crosswalk[].title crosswalk[].value extra.* federation.contract_digest
 federation.expires federation.mode federation.model federation.model_digest federation.name federation.previous_digest
 federation.state_digest federation.steps_per_round federation.version generated_at
 guarantee.adversaries[].effective_noise_multiplier guarantee.adversaries[].name guarantee.adversaries[].plan.epsilon
@@ -44,13 +46,16 @@ guarantee.adversaries[].plan.steps guarantee.adversaries[].shares guarantee.adve
 guarantee.adversaries[].spent.epsilon_pld guarantee.adversaries[].spent.epsilon_rdp guarantee.adversaries[].spent.rounds
 guarantee.adversaries[].spent.steps guarantee.adversaries[].stood guarantee.adversaries[].who guarantee.delta
 guarantee.odds[].false_positive_rate
-guarantee.odds[].plan guarantee.odds[].spent guarantee.relation guarantee.unit mechanism[].meaning mechanism[].name
+guarantee.odds[].plan guarantee.odds[].spent guarantee.relation guarantee.several[].count guarantee.several[].of
+guarantee.several[].plan guarantee.several[].spent guarantee.unit mechanism[].meaning mechanism[].name
 mechanism[].symbol mechanism[].value rounds[].bytes_in rounds[].closed_at rounds[].kind rounds[].number rounds[].opened_at
 rounds[].outcome_digest rounds[].participants[] rounds[].reason rounds[].state_digest rounds[].stood schema
 silos[].fingerprint silos[].left
 silos[].limit silos[].name silos[].organisation silos[].rounds_left silos[].silo silos[].spent.epsilon silos[].spent.epsilon_pld
 silos[].spent.epsilon_rdp silos[].spent.rounds silos[].spent.steps software.* summary[] traffic.left[].form traffic.left[].reader
 traffic.left[].what traffic.lora_bytes traffic.received_bytes traffic.stayed[] traffic.upload_bytes
+accounting.plan.grid accounting.spent.grid burn_down[].grid guarantee.adversaries[].plan.grid guarantee.adversaries[].spent.grid
+silos[].spent.grid
 """
 SCHEMA = _KEYS.split()
 
@@ -143,9 +148,12 @@ def test_another_spelling_of_a_report_is_refused():
 # --- the files -----------------------------------------------------------------------------------------------------------
 
 
-def test_three_files_and_a_signature_over_the_record(tmp_path):
+NAMES = ["registry.yaml", "report.html", "report.json", "report.json.sig", "report.pdf"]
+
+
+def test_a_record_its_signature_and_three_views(tmp_path):
     json_path, html_path = report.write(sample(), tmp_path / "new" / "folder", sign=COORDINATOR.sign)
-    assert sorted(path.name for path in json_path.parent.iterdir()) == ["report.html", "report.json", "report.json.sig"]
+    assert sorted(path.name for path in json_path.parent.iterdir()) == NAMES
     data = json_path.read_bytes()
     signature = (json_path.parent / "report.json.sig").read_text(encoding="ascii")
     assert re.fullmatch(r"[0-9a-f]{128}\n", signature)

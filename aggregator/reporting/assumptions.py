@@ -12,6 +12,7 @@ from typing import Literal
 from aggregator.reporting import wording
 from aggregator.reporting.wording import Fact
 from privacy.federation import Contract
+from privacy.reporting.numbers import counted
 
 Row = tuple[str, str]
 """A text, and what is so if it is wrong."""
@@ -67,7 +68,7 @@ def _must_hold(terms: Contract, simulated: bool) -> tuple[Row, ...]:
     return (
         _BATCH_MATES,
         (
-            f"At least {wording.counted(terms.shares, 'silo')} of {terms.silos} run this software unaltered and add the noise "
+            f"At least {counted(terms.shares, 'silo')} of {terms.silos} run this software unaltered and add the noise "
             f"they owe; at most {terms.privacy.colluders} work with the aggregator.",
             "the noise is smaller than the figures say",
         ),
@@ -108,11 +109,7 @@ _HIDING: tuple[Row, ...] = (
 
 def _should_hold(terms: Contract, simulated: bool) -> tuple[Row, ...]:
     rows = (
-        (
-            "A unit is in the records of one silo only. Nothing here checks it, and the figure for a unit in two silos "
-            "is not computed.",
-            "a unit in several silos is exposed more than the figures say",
-        ),
+        _known_to(terms.privacy.max_silos_per_unit),
         (
             f"The aggregator saw every upload that left a silo. {wording.HEADS} "
             "The simulation’s accuracies are exact and outside ε.",
@@ -131,14 +128,32 @@ def _should_hold(terms: Contract, simulated: bool) -> tuple[Row, ...]:
         ),
     )
     several = (
-        "The unit is one record. A person with several records is protected less, the less the more records there are.",
+        "The unit is one record. A person with several records is protected less, the less the more records there are: "
+        "what one with 2, 4 and 8 records in a silo has stands beside the guarantee.",
         "for a person with k records ε grows about k-fold or more",
     )
     return (several, *rows) if terms.privacy.unit == "record" else rows
 
 
+def _known_to(silos: int) -> Row:
+    """How many silos know one unit, as the contract assumes."""
+    if silos == 1:
+        return (
+            "A unit is in the records of one silo only. Nothing here checks it; what a unit in two silos has stands beside the "
+            "guarantee.",
+            "a unit in several silos is exposed more than the figures say",
+        )
+    return (
+        f"A unit is in the records of at most {silos} silos, each of which draws it by a coin of its own. Nothing here checks it.",
+        "a unit in more silos is exposed more than the figures say",
+    )
+
+
 _NOT_COVERED = (
-    ("The time at which messages are sent is not padded.", "it may hint at the amount of work done in a round"),
+    (
+        "Timing is not covered: a silo’s messages leave when they are ready, not in padded slots.",
+        "the time of an upload may hint at the amount of work done in a round",
+    ),
     (
         "The base model’s own training data are not covered.",
         "the base model may reveal what it was trained on, with or without this",

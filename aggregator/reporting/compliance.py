@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from aggregator.reporting import assumptions, wording
+from aggregator.reporting import assumptions, crosswalk, wording
 from aggregator.reporting.counted import Counted
 from aggregator.reporting.figures import Curve
 from aggregator.reporting.record import (
@@ -31,12 +31,14 @@ from aggregator.reporting.record import (
     Report,
     RoundFacts,
     Scalar,
+    Several,
     SiloBudget,
     Traffic,
     Version,
 )
 from privacy import chain, federation
 from privacy.changes import changes
+from privacy.dp import groups
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract
 from privacy.identity import keys
@@ -111,6 +113,7 @@ def facts(
             delta=terms.privacy.delta,
             adversaries=_adversaries(counted),
             odds=odds,
+            several=_several(counted),
         ),
         mechanism=wording.parameters(terms, simulated=simulated),
         accounting=made,
@@ -120,6 +123,7 @@ def facts(
         traffic=_traffic(terms, rounds, upload_bytes, lora_bytes),
         rounds=tuple(rounds),
         assumptions=assumptions.of(terms, simulated=simulated),
+        crosswalk=crosswalk.of(terms, spent=made.spent, plan=made.plan, simulated=simulated),
         software=dict(software),
         aggregator_fingerprint=coordinator(terms),
         consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)),
@@ -199,7 +203,7 @@ def _version(
         first_round=min(numbers, default=None),
         last_round=max(numbers, default=None),
         changed=changes(before[0].terms, terms) if before else (),
-        event=federation.mechanism(terms, rounds=1),
+        event=federation.exposure(terms, federation.mechanism(terms, rounds=1)),
     )
 
 
@@ -210,13 +214,13 @@ def _accounting(counted: Counted, order: int | None) -> Accounting:
         for delta in sorted({curve.terms.privacy.delta, *PROFILE_DELTAS})
     )
     return Accounting(
-        event=federation.mechanism(curve.terms), order=order, charged=_charges(most), planned=_charges(plan), spent=curve(most),
-        plan=curve(plan), profile=profile,
+        event=federation.exposures(curve.terms)["insiders"], order=order, charged=_charges(most), planned=_charges(plan),
+        spent=curve(most), plan=curve(plan), profile=profile,
     )  # fmt: skip
 
 
 def _charges(load: Load) -> tuple[Charge, ...]:
-    return tuple(Charge(version=version, rounds=rounds) for version, rounds in load if rounds)
+    return tuple(Charge(version=abs(place), rounds=rounds, basis=place < 0) for place, rounds in load if rounds)
 
 
 def _adversaries(counted: Counted) -> tuple[Adversary, ...]:
@@ -235,6 +239,19 @@ def _adversaries(counted: Counted) -> tuple[Adversary, ...]:
         )
         for name in ADVERSARIES
     )
+
+
+def _several(counted: Counted) -> tuple[Several, ...]:
+    """What a unit in two silos has where the contract assumes one, and a person with several records where the unit is a record."""
+    curve, plain = counted.curve, counted.curve.terms.privacy
+    made = []
+    if plain.max_silos_per_unit < groups.SILOS:
+        spent, plan = (curve.exposed(load, silos=groups.SILOS) for load in (counted.everyone, counted.plan))
+        made.append(Several(of="silos", count=groups.SILOS, spent=spent, plan=plan))
+    for records in groups.RECORDS if plain.unit == "record" else ():
+        spent, plan = (curve.exposed(load, records=records) for load in (counted.most, counted.plan))
+        made.append(Several(of="records", count=records, spent=spent, plan=plan))
+    return tuple(made)
 
 
 def _odds(rate: float, profile: Sequence[ProfilePoint], rounds: int) -> Odds:

@@ -15,15 +15,18 @@ import msgspec
 
 from aggregator.reporting.wording import Fact
 from privacy import federation, spending
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp.mechanism import Noised
+from privacy.errors import NotCertified
 from privacy.federation import Accepted
 from privacy.spending import Adversary, Load, Spending
 
-Natural = Annotated[int, msgspec.Meta(ge=0)]
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Figure(Fact, frozen=True, kw_only=True):
     """Epsilon after so many rounds, which are so many private steps. ``epsilon_pld`` is null where no PLD was computed.
+
+    ``grid``: to which step its privacy losses were rounded up.
 
     Over rounds of more than one version the filter composes, which is of RDP alone.
     """
@@ -33,6 +36,7 @@ class Figure(Fact, frozen=True, kw_only=True):
     epsilon: float
     epsilon_pld: float | None
     epsilon_rdp: float
+    grid: float | None = None
 
 
 class Curve:
@@ -65,10 +69,11 @@ class Curve:
         if not load:
             return Figure(rounds=0, steps=0, epsilon=0.0, epsilon_pld=0.0, epsilon_rdp=0.0)
         bound = self.spending.certified(load, adversary, delta)
-        pld = bound.epsilon_pld if math.isfinite(bound.epsilon_pld) and len(load) == 1 else None
+        together = len({abs(place) for place, _ in load}) == 1  # one plan, its basis rounds with it
+        pld = bound.epsilon_pld if math.isfinite(bound.epsilon_pld) and together else None
         return Figure(
             rounds=sum(rounds for _, rounds in load), steps=self.spending.steps(load), epsilon=bound.epsilon, epsilon_pld=pld,
-            epsilon_rdp=bound.epsilon_rdp,
+            epsilon_rdp=bound.epsilon_rdp, grid=None if pld is None else bound.discretization,
         )  # fmt: skip
 
     def more(self, load: Load, rounds: int) -> Load:
@@ -76,6 +81,15 @@ class Curve:
         now = dict(load)
         now[self.terms.version] = now.get(self.terms.version, 0) + rounds
         return tuple(sorted(now.items()))
+
+    def exposed(self, load: Load, *, silos: int = 1, records: int = 1) -> float | None:
+        """Epsilon against the insiders of a unit in so many silos, of so many units in each; None where no figure holds."""
+        if not any(rounds for _, rounds in load):
+            return 0.0
+        try:
+            return self.spending.certified(load, "insiders", self.terms.privacy.delta, silos=silos, records=records).epsilon
+        except NotCertified:
+            return None
 
     def rounds_within(self, load: Load, limit: float, most: int) -> int:
         """How many further rounds under the version in force, of ``most``, keep epsilon at or below ``limit``."""
@@ -93,14 +107,14 @@ class Curve:
         """What rounds cost that are over, by adversary, with the noise that stood: an odometer, not the plan's guarantee.
 
         Args:
-            standing: for each charged round its version, and how many silos were in its sum; None where there was none, taken as
-                the fewest.
+            standing: for each charged round its place in a load, and how many silos were in its sum; None where there was none,
+                taken as the fewest.
         """
-        events: dict[str, list[LatticeGaussian]] = {}
-        for (version, silos), count in sorted(Counter(standing).items(), key=str):
-            terms = self.spending.versions[version].terms
-            for name, event in federation.adversaries(terms, standing=silos, rounds=count).items():
+        events: dict[str, list[Noised]] = {}
+        for (place, silos), count in sorted(Counter(standing).items(), key=str):
+            terms = self.spending.terms_at(place)
+            for name, event in federation.exposures(terms, standing=silos, rounds=count).items():
                 events.setdefault(name, []).append(event)
-        order = self.spending.order if len({version for version, _ in standing}) > 1 else None
+        order = self.spending.order if len({abs(place) for place, _ in standing}) > 1 else None
         delta = self.terms.privacy.delta
         return {name: spending.composed(each, delta, order).epsilon for name, each in events.items()}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from aggregator import rounds, versions
 from aggregator.reporting.record import RoundFacts
 from aggregator.store import Store
-from privacy import chain, update_rule
+from privacy import basis_round, chain, update_rule
 from privacy.errors import ConfigError
 from privacy.federation import Accepted
 from privacy.messages import AGGREGATOR
@@ -45,6 +45,7 @@ def settled(store: Store) -> list[RoundFacts]:
                 state_digest=outcome.next_state.hex(),
                 bytes_in=_bytes_in(store, number),
                 stood=len(outcome.seeds) if accepted.terms.shared else None,
+                basis=basis_round.is_one(accepted.in_round(opened.manifest.dimension).terms),
             )
         )
     return found

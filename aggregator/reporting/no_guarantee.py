@@ -21,8 +21,9 @@ from typing import Literal
 
 import msgspec
 
-from aggregator.reporting import compliance, wording
+from aggregator.reporting import compliance, crosswalk, wording
 from aggregator.reporting.assumptions import Assumption
+from aggregator.reporting.crosswalk import Crossing
 from aggregator.reporting.figures import Natural
 from aggregator.reporting.record import SCHEMA, Federation, Report, RoundFacts, Scalar, Traffic
 from aggregator.reporting.wording import Check, Fact, Item, Parameter
@@ -32,6 +33,7 @@ from privacy.dp.mechanism import Mechanism
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, Member
 from privacy.identity import keys
+from privacy.reporting.numbers import counted, size
 from privacy.secure_sum import blocks
 
 SENTENCE = (
@@ -122,6 +124,7 @@ class OpenReport(Fact, frozen=True, kw_only=True):
     traffic: Traffic
     rounds: tuple[RoundFacts, ...]
     assumptions: tuple[Assumption, ...]
+    crosswalk: tuple[Crossing, ...]
     software: dict[str, str]
     aggregator_fingerprint: str
     consents: tuple[str, ...]
@@ -177,6 +180,7 @@ def facts(
         ),
         rounds=tuple(rounds),
         assumptions=_assumptions(terms),
+        crosswalk=crosswalk.of_open(terms),
         software=dict(software),
         aggregator_fingerprint=compliance.coordinator(terms),
         consents=wording.consents(terms, sum(each.kind == "result" for each in rounds)),
@@ -232,10 +236,10 @@ def _summary(terms: Contract, seen: Participation, upload_bytes: int, *, simulat
         SENTENCE,
         f"There is no ε: nothing bounds what is revealed about {wording.one(terms)}. On each silo’s ledger the charge is infinite "
         "and stays: no later run over the same records can have a finite ε for them.",
-        f"{wording.counted(seen.sums, 'sum')} opened, of {seen.silos} silos and over whole blocks only. The participation matrix "
+        f"{counted(seen.sums, 'sum')} opened, of {seen.silos} silos and over whole blocks only. The participation matrix "
         f"has rank {seen.rank}: however the sums are added and subtracted, "
         + (f"no fewer than {seen.least} silos are left in what remains." if seen.sums else "there is nothing to learn yet."),
-        f"In a round each silo sends {wording.size(upload_bytes)}, masked so that only the sum can be read. "
+        f"In a round each silo sends {size(upload_bytes)}, masked so that only the sum can be read. "
         "The protocol has no message that carries records, single gradients, losses or counts of records.",
     )
     return (*lines, f"This is a simulation. {wording.TAKEN}") if simulated else lines
@@ -260,7 +264,7 @@ def _left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:
     what = "what the silo’s steps changed of the model" if terms.is_local else "clipped gradients, summed over the units drawn"
     vector = Item(
         what=f"one vector of {terms.dimension:,} integers: {what}, exactly, WITHOUT NOISE",
-        form=f"masked, sealed, signed; {wording.size(upload_bytes)}, the same in every round",
+        form=f"masked, sealed, signed; {size(upload_bytes)}, the same in every round",
         reader="nobody alone; everybody reads the exact sum over each set of blocks",
     )
     ledger = Item(
@@ -280,7 +284,7 @@ def _assumptions(terms: Contract) -> tuple[Assumption, ...]:
         ),
         (
             "guarantee",
-            f"At most {wording.counted(terms.privacy.colluders, 'silo')} work with the aggregator, and fingerprints were compared.",
+            f"At most {counted(terms.privacy.colluders, 'silo')} work with the aggregator, and fingerprints were compared.",
             "the silos of a block that do not work together are fewer than the block has",
         ),
         ("scope", "What the exact sum of a block reveals is not bounded by anything.", "records can be reconstructed from it"),

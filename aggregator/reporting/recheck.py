@@ -10,6 +10,8 @@
 - *What cannot be* is taken from the record itself: when it was made and each round was closed (``generated_at``, ``closed_at``),
   the software, ``extra``, and ``traffic.lora_bytes``, which follows from the base model. ``bytes_in`` is held between what stood
   when the round ended and what stands now, where all its documents are still here.
+- *Views*: page, PDF and registry entry that lie beside the record are made again from it and compared byte for byte, where the
+  record names this release of this software and of typst; else that is open.
 
 Edge cases: a record of another schema is not made again (the caller has fewer questions for it). Sentences are compared only with
 those of the same release of this software: a record that names another one leaves them open, and everything else is compared.
@@ -17,6 +19,7 @@ those of the same release of this software: a record that names another one leav
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -35,6 +38,7 @@ from privacy.audit.findings import Findings, Slot, Source
 from privacy.errors import SiloquyError, TrustError
 from privacy.federation import Accepted
 from privacy.messages import AGGREGATOR, Manifest, Outcome, Signed, decode
+from privacy.reporting.stated import views_of
 
 CLOSE = 1e-6
 MOST_NAMED = 12
@@ -42,7 +46,7 @@ MOST_NAMED = 12
 _AFTER_THE_END = frozenset({"acknowledgement", "close", "cosignature"})
 """Documents of a round that may still arrive when it is over."""
 _SENTENCES = re.compile(
-    rf"(summary|guarantee|mechanism|composition|traffic|assumptions|consents|checks)\b.*|versions\[\d+\]\.changed.*|{no_guarantee.KEY}"
+    rf"(summary|guarantee|mechanism|composition|traffic|assumptions|crosswalk|consents|checks)\b.*|versions\[\d+\]\.changed.*|{no_guarantee.KEY}"
 )
 """Where the words of a release stand; every other text is data."""
 _ROUNDED = re.compile(r".*\b(epsilon\w*|left|spent|plan|stood)")
@@ -50,18 +54,21 @@ _ROUNDED = re.compile(r".*\b(epsilon\w*|left|spent|plan|stood)")
 
 
 def recheck(
-    found: Findings, slot: Slot, record: bytes, accepted: Accepted, versions: Sequence[Accepted], rounds: Sequence[Walked]
-) -> None:
+    found: Findings, slot: Slot, record: bytes, accepted: Accepted, versions: Sequence[Accepted], rounds: Sequence[Walked],
+    *, views: Mapping[str, bytes] | None = None,
+) -> None:  # fmt: skip
     """Make the report again and name each place where ``record`` says something else.
 
     Args:
         accepted: the version in force.
         versions: every published version, ascending.
         rounds: the whole walk.
+        views: by name, what lies beside the record (``report.read_views``).
     """
     stated = found.test(slot, "contents", report.decode, record)
     if stated is None:
         return
+    _check_views(found, slot, stated, views or {})
     if isinstance(stated, OpenReport) == accepted.terms.is_private:
         found.add(slot, "contents", "failed", "one is with and one without differential privacy, the report and the contract")
         return
@@ -78,6 +85,25 @@ def recheck(
         found.add(slot, "other places", "failed", f"{len(wrong) - MOST_NAMED} more places differ")
     if not wrong:
         found.add(slot, "every figure", "ok")
+
+
+def _check_views(found: Findings, slot: Slot, stated: AnyReport, views: Mapping[str, bytes]) -> None:
+    """Whether each view is what the record gives, byte for byte."""
+    if not views:
+        return
+    other = next((name for name in ("siloquy", "typst") if stated.software.get(name) != importlib.metadata.version(name)), None)
+    if other is not None:
+        found.add(slot, "views", "open", f"the record names another release of {other}: {', '.join(sorted(views))} were not "
+        "compared")
+        return
+    again = found.test(slot, "views", views_of, functools.partial(report.views, stated))
+    if again is None:
+        return
+    for name, content in sorted(views.items()):
+        if again.get(name) == content:
+            found.add(slot, name, "ok")
+        else:
+            found.add(slot, name, "failed", "it is not the view of this record: believe the record, and ask for this file again")
 
 
 def differences(said: object, wanted: object, *, words: bool = True, path: str = "") -> Iterator[tuple[str, object, object]]:
@@ -153,6 +179,7 @@ def _round(source: Source, walked: Walked, said: RoundFacts | None, parties: Seq
         state_digest=walked.state,
         bytes_in=_bytes_in(source, walked.number, 0 if said is None else said.bytes_in, parties),
         stood=len(outcome.seeds) if terms.shared else None,
+        basis=walked.basis,
     )
 
 

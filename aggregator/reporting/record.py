@@ -11,10 +11,12 @@ from typing import Literal
 import msgspec
 
 from aggregator.reporting.assumptions import Assumption
+from aggregator.reporting.crosswalk import Crossing
 from aggregator.reporting.figures import Figure, Natural
 from aggregator.reporting.wording import Check, Fact, Item, Parameter
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp.mechanism import Noised
 from privacy.federation import Hex32
+from privacy.spending import place_of
 
 Scalar = str | int | float | bool | None
 
@@ -25,7 +27,7 @@ class RoundFacts(Fact, frozen=True, kw_only=True):
     """One round as the aggregator stored it. Times are Unix seconds, digests hex, ``participants`` silos whose upload arrived.
 
     ``version``: of the contract, under which it was opened. ``stood``: how many of them are in the sum, where that may be fewer
-    than all.
+    than all. ``basis``: whether it is a basis round, which comes before the rounds that the contract declares.
     """
 
     number: Natural
@@ -39,6 +41,12 @@ class RoundFacts(Fact, frozen=True, kw_only=True):
     state_digest: Hex32
     bytes_in: Natural
     stood: Natural | None = None
+    basis: bool = False
+
+    @property
+    def place(self) -> int:
+        """Where it stands in a load (privacy.spending)."""
+        return place_of(self.version, basis=self.basis)
 
 
 class Federation(Fact, frozen=True, kw_only=True):
@@ -70,14 +78,15 @@ class Version(Fact, frozen=True, kw_only=True):
     first_round: Natural | None
     last_round: Natural | None
     changed: tuple[str, ...]
-    event: LatticeGaussian
+    event: Noised
 
 
 class Charge(Fact, frozen=True, kw_only=True):
-    """So many rounds under one version."""
+    """So many rounds under one version; ``basis``: basis rounds."""
 
     version: Natural
     rounds: Natural
+    basis: bool = False
 
 
 class Adversary(Fact, frozen=True, kw_only=True):
@@ -101,14 +110,28 @@ class Odds(Fact, frozen=True, kw_only=True):
     plan: float
 
 
+class Several(Fact, frozen=True, kw_only=True):
+    """Epsilon against the insiders of whoever has more to hide than one unit; null where no finite figure holds.
+
+    ``of``: a unit that so many ``silos`` know, where the contract assumes fewer; or a person with so many ``records`` in each silo
+    that knows one of them, where the unit is one record.
+    """
+
+    of: Literal["silos", "records"]
+    count: Natural
+    spent: float | None
+    plan: float | None
+
+
 class Guarantee(Fact, frozen=True, kw_only=True):
-    """The statement: unit, relation, delta, three adversaries, and what it means for one unit."""
+    """The statement: unit, relation, delta, three adversaries, what it means for one unit, and what ``several`` of them have."""
 
     unit: str
     relation: str
     delta: float
     adversaries: tuple[Adversary, ...]
     odds: tuple[Odds, ...]
+    several: tuple[Several, ...] = ()
 
 
 class ProfilePoint(Fact, frozen=True, kw_only=True):
@@ -125,7 +148,7 @@ class Accounting(Fact, frozen=True, kw_only=True):
     ``order``: of the filter that composes rounds of several versions; null where all stand under one.
     """
 
-    event: LatticeGaussian
+    event: Noised
     order: Natural | None
     charged: tuple[Charge, ...]
     planned: tuple[Charge, ...]
@@ -179,6 +202,7 @@ class Report(Fact, frozen=True, kw_only=True):
     traffic: Traffic
     rounds: tuple[RoundFacts, ...]
     assumptions: tuple[Assumption, ...]
+    crosswalk: tuple[Crossing, ...]
     software: dict[str, str]
     aggregator_fingerprint: str
     consents: tuple[str, ...]

@@ -9,12 +9,13 @@ expert. What the project does not record is not mentioned as done.
 from __future__ import annotations
 
 import math
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 import msgspec
 
+from aggregator.reporting import basis_words
 from privacy import federation
 from privacy.federation import Contract
+from privacy.reporting.numbers import counted, scientific, size, superscript, up
 
 HEAD_MODELS = 3
 """How many heads a simulation's comparison trains (evaluation.HEAD_RATES): each would cost the plan's epsilon once more."""
@@ -49,44 +50,15 @@ class Check(Fact, frozen=True, kw_only=True):
     shows: str
 
 
-def up(value: float, digits: int = 2) -> str:
-    """``value`` with ``digits`` decimals, never below it: for bounds and for what is spent."""
-    return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
-
-
-def down(value: float, digits: int = 2) -> str:
-    """``value`` with ``digits`` decimals, never above it: for what is left."""
-    return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_FLOOR))
-
-
-def scientific(value: float) -> str:
-    """A small number as it is printed: 1e-06 gives "10⁻⁶", 8.3e-06 gives "8.3 × 10⁻⁶"."""
-    mantissa, exponent = f"{value:.3e}".split("e")
-    power = f"10{_superscript(int(exponent))}"
-    digits = mantissa.rstrip("0").rstrip(".")
-    return power if digits == "1" else f"{digits} × {power}"
-
-
-def _superscript(number: int) -> str:
-    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def size(count: float) -> str:
-    """A number of bytes for people, in decimal units: 15368 gives "15.4 kB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:.0f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def counted(number: int, word: str) -> str:
-    """A number and its word, in the plural where it needs one: "1 round", "1,200 rounds"."""
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
-
-
 def unit(terms: Contract) -> str:
     """The privacy unit in a sentence."""
     return "one record" if terms.privacy.unit == "record" else f"one value of “{terms.privacy.unit}” with all of its records"
+
+
+def known_to(terms: Contract) -> str:
+    """How many silos a unit may be in."""
+    silos = terms.privacy.max_silos_per_unit
+    return "in one silo" if silos == 1 else f"in up to {silos} silos"
 
 
 def one(terms: Contract) -> str:
@@ -96,7 +68,9 @@ def one(terms: Contract) -> str:
 
 def relation(terms: Contract) -> str:
     """The neighbouring relation in a sentence."""
-    return f"Two data sets are neighbours when they differ by {unit(terms)}, added to or removed from the records of one silo."
+    m = terms.privacy.max_silos_per_unit
+    where = "one silo" if m == 1 else f"up to {m} silos that know it"
+    return f"Two data sets are neighbours when they differ by {unit(terms)}, added to or removed from the records of {where}."
 
 
 def insiders(terms: Contract) -> str:
@@ -204,6 +178,7 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
         ("sampling rate", "q", p.sampling_rate, f"the probability with which a unit enters a {say['turn']}"),
         ("units per silo", "", p.units, _UNITS[simulated]),
         ("records per unit", "", p.max_records_per_unit, "at most so many records of one unit are used"),
+        ("silos per unit", "m", p.max_silos_per_unit, "so many silos may know one unit; every ε is for such a unit"),
         ("max grad norm", "C", p.max_grad_norm, f"a unit’s whole contribution to a {say['turn']} is clipped to this length"),
         ("lattice bits", "p", plan.lattice_bits, "C is 2ᵖ steps of the integer lattice on which clipping is proved"),
         ("noise", "", "discrete Gaussian", "integer noise, drawn exactly, in every coordinate of every silo’s sum"),
@@ -216,7 +191,7 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
         ("steps per round", "", training.steps_per_round, say["steps per round"]),
         ("failure probability", "δ", p.delta, "the part of the probability that ε does not speak about"),
         ("trainable numbers", "d", terms.dimension, "the length of what a silo sends"),
-        ("ring", "", f"2{_superscript(terms.sum.ring_bits)}", "sums are taken modulo this, so that masks hide them"),
+        ("ring", "", f"2{superscript(terms.sum.ring_bits)}", "sums are taken modulo this, so that masks hide them"),
         ("clamp", "Q", plan.clamp, "a silo’s sum is held to ±Q before its noise is added"),
         ("noise head-room", "H", plan.headroom, say["noise head-room"]),
         ("secure sum", "", terms.sum.protocol, "every silo signs for every sum that holds its vector"),
@@ -225,7 +200,8 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
         ("learning rate", "", training.learning_rate, "part of the update rule"),
         *([("update bound", "", training.update_bound, say["update bound"])] if is_local(terms) else []),
         ("adapter", "r", terms.adapter.rank, f"LoRA-SB rank, on {layers}; only R and the head train"),
-        ("basis", "", terms.adapter.basis, _BASES[terms.adapter.basis]),
+        *([("heads", "h", terms.adapter.heads, "cores of that rank on each layer")] if terms.adapter.heads > 1 else []),
+        *basis_words.rows(terms),
         ("longest text", "", terms.task.max_length, "tokens; a public constant"),
     ]
     if not terms.is_private:
@@ -240,10 +216,6 @@ _OF_NOISE = {
 }  # fmt: skip
 
 
-_BASES = {
-    "weights": "computed from the public base model alone; it costs no privacy",
-    "random": "drawn from a public seed; it costs no privacy",
-}
 _JOINT = {
     "turn": "round",
     "noise multiplier": "the planned noise of a sum, in units of C, without the colluders’ shares",
@@ -278,8 +250,9 @@ def composition(terms: Contract, *, simulated: bool = False) -> tuple[str, ...]:
         f"open, each as {counted(terms.training.steps_per_round, 'step')} of the mechanism.",
         "Not known here: attempts whose upload never arrived, and other training, evaluation or statistics on the same "
         "records. They add to the same ε. They stand in each silo’s own ledger, as far as they went through it.",
-        f"The basis “{terms.adapter.basis}” is computed from public things alone and spends nothing. "
-        "Trial runs on the same records, made to choose learning rate, rank or C, would spend; none is recorded here.",
+        f"{basis_words.in_composition(terms)}"
+        "Trial runs on the same records, made to choose learning rate, rank or C, would spend; none is recorded here. Each silo’s "
+        "ledger counts and composes its own, and tells nobody how many.",
         "The figures are for parameters fixed before the first round. More rounds than declared, or other noise, "
         "chosen after results were seen, need the ledger’s stricter count.",
     )
@@ -305,6 +278,7 @@ def what_left(terms: Contract, upload_bytes: int) -> tuple[Item, ...]:
             form=f"masked, sealed, signed; {size(upload_bytes)}, the same in every round",
             reader="nobody alone; the aggregator reads the sum over all silos",
         ),
+        *(Item(what=what, form=form, reader=reader) for what, form, reader in basis_words.left(terms)),
         Item(
             what="key material for the masks, commitments, and signatures of consent",
             form="signed; keys are fresh in each epoch",
@@ -353,9 +327,14 @@ def consents(terms: Contract, results: int) -> tuple[str, ...]:
 def checks() -> tuple[Check, ...]:
     """Commands that exist, and what each lets a reader compare."""
     rows = (
+        (
+            "silo verify --report report.json",
+            "at a silo, or with a copy of the evidence",
+            "signature, place in the log, every figure computed again, and page, PDF and registry entry byte for byte",
+        ),
         ("silo budget", "at each silo", "what its own ledger has charged, its limit, and what is left; it may be higher than here"),
         ("silo status", "at each silo", "the contract and the state as this silo knows them; compare the digests"),
         ("aggregator report", "at the aggregator", "this report, made again from the stored rounds; the figures must not change"),
-        ("sha256sum report.json", "anywhere", "the digest of the record, which stands at the foot of this page"),
+        ("sha256sum report.json", "anywhere", "the digest of the record, which stands at the foot of page and PDF"),
     )
     return tuple(Check(command=command, where=where, shows=shows) for command, where, shows in rows)
