@@ -54,6 +54,13 @@ def audit(
     ] = None,
     directions: Annotated[str, typer.Option(help="of the canaries' gradients: dirac (a coordinate each), or random")] = "dirac",
     plot: Annotated[Path | None, typer.Option(help="write the scores as a picture (SVG) here")] = None,
+    membership: Annotated[
+        bool, typer.Option("--membership", help="instead: what a membership attack (LiRA) finds, beside what epsilon allows")
+    ] = False,
+    runs: Annotated[int, typer.Option(min=1, help="with --membership: shadow runs, and as many attacked ones")] = 32,
+    records: Annotated[
+        Path | None, typer.Option(help="with --membership: held-out records instead of made-up ones; the figures stay here")
+    ] = None,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> int:
@@ -66,15 +73,66 @@ def audit(
     Examples:
       silo audit
       silo audit --steps 5 --canaries 1000 --plot scores.svg
+      silo audit --membership --plot membership.svg
     """
     from cli.output import Output
     from silo import empirical_audit
 
     if directions not in ("dirac", "random"):
         raise typer.BadParameter("--directions is dirac or random")
+    if membership:
+        facts = _membership(home, runs, steps, records, plot, json)
+        return 0 if facts["holds"] else FAILED
+    if records is not None:
+        raise typer.BadParameter("--records is for --membership: canaries are made up")
     facts = empirical_audit.audit(home, canaries=canaries, steps=steps, directions=directions, plot=plot)
     Output(json=json).result(facts, _words(facts))
     return 0 if facts["holds"] else FAILED
+
+
+def _membership(home: Path, runs: int, steps: int | None, records: Path | None, plot: Path | None, json: bool) -> dict[str, Any]:
+    from cli.output import Output, bar
+    from cli.progress import RoundDisplay
+    from silo import empirical_audit
+
+    output, done = Output(json=json), 0
+    with RoundDisplay(output) as display:
+
+        def progress() -> None:
+            nonlocal done
+            done += 1
+            display.moving(f"{bar(done, 4 * runs)} {done} of {4 * runs} runs")
+
+        facts = empirical_audit.membership(home, runs=runs, steps=steps, records=records, plot=plot, progress=progress)
+    output.result(facts, _found(facts))
+    return facts
+
+
+def _found(facts: dict[str, Any]) -> list[Any]:
+    from cli.output import table
+
+    def percent(part: float) -> str:
+        return f"{100 * part:.2f} %"
+
+    shown = ("false_positive_rate", "true_positive_rate", "low", "high", "allowed", "without_protection")
+    rows = [tuple(percent(each[name]) for name in shown) for each in facts["at"]]
+    columns = ("false alarms", "members found", "95 % from", "to", "epsilon allows", "without clipping and noise")
+    verdict = (
+        "✓ the attack finds no more than epsilon allows; that is no proof that none could"
+        if facts["holds"]
+        else "✗ the attack finds more than epsilon allows: train no further, run `silo selftest`"
+    )
+    return [
+        f"{facts['attacked_runs']} runs of {facts['steps']} of {facts['steps_planned']} planned steps on {facts['units']} "
+        f"{facts['records']} units, epsilon {facts['epsilon_claimed']:.3g} at delta {facts['delta']:g}",
+        "",
+        table("", columns, rows),
+        "",
+        f"area under the curve {facts['roc_area']:.3f}; without clipping and noise {facts['roc_area_without_protection']:.3f} "
+        "(0.5 is chance)",
+        *([f"picture in {facts['plot']}"] if facts.get("plot") else []),
+        verdict,
+    ]
 
 
 def _words(facts: dict[str, Any]) -> list[Any]:
