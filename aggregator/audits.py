@@ -49,7 +49,7 @@ def audited(
     made = _claim(desk, opened, certified, total, vectors, seeds, pair_keys)
     claimed = audits.check_claim(
         desk.publish("claim", number, opened.context, made), certified.frozen, certificate=made.certificate,
-        terms=desk.accepted.terms,
+        terms=desk.accepted.in_round(opened.manifest.dimension).terms,
     )  # fmt: skip
     if rounds.own(desk.store, desk.accepted, "audit", number, opened.context) is not None:
         return ""

@@ -101,7 +101,7 @@ class Board:
         return {
             "contract": None if accepted is None else {
                 "name": accepted.terms.name, "version": accepted.terms.version,
-                "digest": accepted.digest.hex(), "rounds": accepted.terms.training.rounds,
+                "digest": accepted.digest.hex(), "rounds": accepted.terms.planned_rounds,
             },
             "countersigned": [] if accepted is None else list(self._store.parties("countersignature", accepted.terms.version)),
             "epoch": self._store.latest("epoch"),

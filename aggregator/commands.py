@@ -34,7 +34,7 @@ from privacy.errors import ConfigError, MachineError
 from privacy.federation import Accepted, Model
 from privacy.identity import keys
 
-_SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec")
+_SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec", "typst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,12 @@ def describe_model(
     modules = _in_last_layers(base_model.match_modules(described, targets), last_layers)
     model = Model(name=name, digest=base_model.digest(folder), hidden_size=described.hidden_size, pooling=pooling)  # type: ignore[arg-type]
     return model, modules, sum(sum(described.linear[module]) for module in modules)
+
+
+def shapes_of(name: str, modules: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """(out, in) of each of ``modules``. Raises ConfigError when there is no such model."""
+    linear = base_model.describe(base_model.locate(name)).linear
+    return tuple(linear[module] for module in modules)
 
 
 def _in_last_layers(modules: Sequence[str], count: int | None) -> tuple[str, ...]:
@@ -279,7 +285,7 @@ def _lora_bytes(at: Opened) -> int:
     terms = at.accepted.terms
     head = len(terms.task.labels) * (terms.model.hidden_size + 1)
     width = int(_facts_at_start(at.home)["lora_width"])
-    return 4 * (terms.adapter.rank * width + head)
+    return 4 * (terms.adapter.vectors * width + head)
 
 
 def _facts_at_start(home: Home) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Home:
         self.identity_path = root / "aggregator.key"
         self.public_path = root / "aggregator.pub"
         self.draft_path = root / "federation.draft.toml"
+        self.basis_path = root / "basis.safetensors"
         self.contract_folder = root / "contract"
         self.evidence_folder = root / "evidence"
         self.state_folder = root / "state"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -220,7 +221,13 @@ class Coordinator:
                 hint="rounds are numbered without gaps",
                 code="order",
             )
-        if number > terms.training.rounds:
+        sketched, basis = self._basis_rounds(number), terms.basis
+        if basis is not None and not self.state().basis and sketched >= basis.attempts:
+            raise RoundError(
+                f"{sketched} basis rounds ended without a result, the plan pays for {basis.attempts}",
+                hint="find out who was missing, then agree on a new contract version", code="plan-done",
+            )  # fmt: skip
+        if number - sketched > terms.training.rounds:
             raise RoundError(
                 f"the plan of {terms.training.rounds} rounds is done",
                 hint="more rounds need a new contract version",
@@ -238,6 +245,14 @@ class Coordinator:
             is_here = before.manifest.epoch == self._store.latest("epoch") and self._is_ours(before.manifest.epoch)
             if is_here and self._desk.outcome(number - 1)[1].kind == "result":
                 self._compare_digests(before)
+
+    def _basis_rounds(self, number: int) -> int:
+        """How many rounds before this one were basis rounds: they come first and are none of those that the contract declares."""
+        terms = self._accepted.terms
+        if terms.basis is None:
+            return 0
+        lengths = (self._desk.round(each).manifest.dimension for each in range(1, number))
+        return sum(1 for _ in itertools.takewhile(lambda length: length != terms.trainables, lengths))
 
     def _close(self, opened: Round) -> None:
         """Bring an open round to its outcome; a faulty document ends it without a sum and is raised."""

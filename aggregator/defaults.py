@@ -15,6 +15,11 @@ TARGETS: Final = VALUE_OUTPUT
 LAST_LAYERS: Final = 3
 RANK: Final = 32
 BASIS: Final = "weights"
+BASIS_WIDTH: Final = 2
+"""Columns of a sketch for each vector of the adapter."""
+BASIS_NOISE_MULTIPLIER: Final = 10.0
+BASIS_GRAD_NORM: Final = 1.0
+BASIS_ATTEMPTS: Final = 2
 SCALE: Final = 4.0
 LEARNING_RATE: Final = 0.04
 MAX_GRAD_NORM: Final = 1.0

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from aggregator import defaults
+from aggregator import basis_draft, defaults
 from privacy.errors import ConfigError
 from privacy.federation import Member, Model
 from privacy.identity import keys
@@ -24,7 +24,9 @@ class Terms:
     """What a draft starts from; a ``noise_multiplier`` or ``lattice_bits`` of None is computed when it is signed.
 
     ``warmup_rounds`` and ``decay_rounds`` of None are the usual ones for so many rounds. ``without_privacy``: no noise and no
-    figure of a guarantee; ``noise_multiplier``, ``epsilon`` and ``delta`` are then not looked at.
+    figure of a guarantee; ``noise_multiplier``, ``epsilon`` and ``delta`` are then not looked at. ``shapes``: (out, in) of the
+    modules, for a basis that comes from records; ``public_data``: what the data set of a public basis is called
+    (aggregator.basis_draft).
     """
 
     name: str
@@ -38,6 +40,9 @@ class Terms:
     max_length: int = defaults.MAX_LENGTH
     rank: int = defaults.RANK
     basis: str = defaults.BASIS
+    heads: int = 1
+    shapes: Sequence[tuple[int, int]] = ()
+    public_data: str = ""
     scale: float = defaults.SCALE
     head_scale: float = 1.0
     mode: str = "joint"
@@ -49,6 +54,7 @@ class Terms:
     decay_rounds: int | None = None
     unit: str = "record"
     max_records_per_unit: int = 1
+    max_silos_per_unit: int = 1
     sampling_rate: float = defaults.SAMPLING_RATE
     max_grad_norm: float = defaults.MAX_GRAD_NORM
     noise_multiplier: float | None = None
@@ -74,7 +80,7 @@ def draft(terms: Terms, aggregator: PublicIdentity) -> str:
         ConfigError: a text has characters that are not printable.
     """
     who = aggregator.under(terms.signatures)
-    return "\n".join((_head(terms), _what(terms), _training(terms), _privacy(terms), _sum(terms), _who(who)))
+    return "\n".join((_head(terms), _what(terms), _training(terms), _privacy(terms), *_basis(terms), _sum(terms), _who(who)))
 
 
 def entry(member: Member) -> str:
@@ -143,17 +149,29 @@ hidden_size = {terms.model.hidden_size}
 pooling = {quote(terms.model.pooling)}
 
 [adapter]
-# r: each adapted layer trains one r x r matrix.
+# r: each adapted layer trains one r x r matrix for each of its heads.
 rank = {terms.rank}
+# h: how many; their vectors are orthogonal to each other's, so that h heads of r/sqrt(h) reach a higher rank with as many numbers.
+heads = {terms.heads}
 # The linear layers that are adapted, in this order.
 modules = {_list(terms.modules)}
-# Where the frozen A and B come from, both public: "weights", the layer's own singular vectors, or "random", a fixed seed.
+# Where the frozen A and B come from. Public: "weights", the layer's own singular vectors, "random", a fixed seed, or "public", of
+# a data set that [public_basis] names. From records, by a round of its own before all others: "private", with noise, or "raw",
+# without any; see [basis].
 basis = {quote(terms.basis)}
 # The adapter's scale: W + scale * B R A. Gradients are clipped together, so a larger scale gives R a larger share of the clip.
 scale = {terms.scale!r}
 # What the head's input is multiplied by; a smaller one leaves more of the clip to R.
 head_scale = {terms.head_scale!r}
 """
+
+
+def _basis(terms: Terms) -> tuple[str, ...]:
+    vectors = terms.heads * terms.rank
+    if terms.basis == "public":
+        return (basis_draft.public_table(terms.public_data, vectors=vectors),)
+    made = basis_draft.table(terms.basis, terms.shapes, vectors=vectors, without_privacy=terms.without_privacy)
+    return (made,) if made else ()
 
 
 def _training(terms: Terms) -> str:
@@ -226,6 +244,8 @@ unit = {quote(terms.unit)}
 units = {terms.units}
 # Further records of one unit are not used.
 max_records_per_unit = {terms.max_records_per_unit}
+# m: how many silos may know one unit. Nothing checks it; epsilon is for such a unit, and stays the same in later versions.
+max_silos_per_unit = {terms.max_silos_per_unit}
 # q: the chance with which each unit enters a step.
 sampling_rate = {terms.sampling_rate!r}
 # C: each unit's gradient is clipped to this L2 norm.

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import msgspec
 
-from aggregator import blocks, guardians, versions
+from aggregator import basis_draft, blocks, guardians, versions
 from aggregator.config import Config, Database, Home, Listen
 from aggregator.draft import AUTO, CALIBRATE, Terms, draft, entry
 from aggregator.store import Store
 from privacy import chain, federation, files
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp.mechanism import LatticeGaussian, Noised
 from privacy.envelope import sign
 from privacy.errors import BudgetExhausted, ConfigError
 from privacy.federation import GUARDIANS_FROM, Accepted, Contract, Guardian, Member, Signer
@@ -149,7 +149,7 @@ def sign_version(home: Home, identity: Identity, store: Store, *, now: float) ->
     Raises:
         ConfigError: the version stands and the draft says other terms, contradicts itself, does not fit the ring, or names another
             aggregator; or the version before is not countersigned by all its members.
-        TrustError: it does not follow the version before (privacy.chain).
+        TrustError: it does not follow the version before (privacy.chain); or the file of a public basis is not the one it pins.
         BudgetExhausted: the plan with its stated noise costs more than its epsilon.
         NotCertified: no noise reaches the epsilon.
     """
@@ -163,7 +163,9 @@ def _signed(home: Home, identity: Identity, store: Store, now: float) -> Accepte
     kept = home.contract_path(version)
     if (stands := versions.published(store, version)) is not None:
         signed = stands.terms.privacy  # calibrating anew could give another last digit on another machine
-        if _filled(_with_guardians(text), signed.noise_multiplier, signed.lattice_bits).encode() != stands.raw:
+        bits = 0 if stands.terms.basis is None else stands.terms.basis.lattice_bits
+        text = basis_draft.filled(_with_guardians(text), bits)
+        if _filled(text, signed.noise_multiplier, signed.lattice_bits).encode() != stands.raw:
             raise _stands(home, version)
         return stands
     accepted = federation.parse(kept.read_bytes() if kept.exists() else complete(text).encode())
@@ -177,6 +179,7 @@ def _signed(home: Home, identity: Identity, store: Store, now: float) -> Accepte
     _check_follows(store, accepted)
     _check_expiry(accepted.terms.expires, now)
     check_plan(accepted.terms)
+    basis_draft.check_file(home.basis_path, accepted.terms)
     files.write_once(kept, accepted.raw)
     signer = identity.under(accepted.terms.signatures)
     raw = sign(signer, type="contract", context=accepted.digest, sender=AGGREGATOR, body=accepted.raw)
@@ -232,7 +235,8 @@ def complete(text: str) -> str:
             hint="add the silos first: `aggregator member`",
             code="contract",
         )
-    text = _with_guardians(text)
+    text = basis_draft.completed(_with_guardians(text), terms)
+    terms = raw_terms(text)
     calibrated = terms.is_private and _is_open(text, "noise_multiplier", CALIBRATE)
     chosen = _is_open(text, "lattice_bits", AUTO)
     sigma = _calibrated(terms, None if chosen else terms.privacy.lattice_bits) if calibrated else terms.privacy.noise_multiplier
@@ -252,11 +256,11 @@ def check_plan(terms: Contract) -> float:
         BudgetExhausted: it is more.
         NotCertified: no bound exists for these terms.
     """
-    from privacy.dp import accounting
+    from privacy.dp import unprotected
 
     if not terms.is_private:
         return math.inf
-    spent = accounting.certify([federation.mechanism(terms)], terms.privacy.delta).epsilon
+    spent = unprotected.certify(federation.whole_plan(terms), terms.privacy.delta).epsilon
     if spent > terms.privacy.epsilon:
         raise BudgetExhausted(
             f"{terms.training.rounds} rounds with noise multiplier {terms.privacy.noise_multiplier:g} cost epsilon {spent:.4g}, "
@@ -277,23 +281,26 @@ def _check_expiry(expires: str, now: float) -> None:
 
 
 def _calibrated(terms: Contract, bits: int | None) -> float:
-    from privacy.dp import accounting
+    from privacy.dp import accounting, unprotected
 
-    def made(sigma: float) -> LatticeGaussian:
+    def made(sigma: float) -> Noised:
         plan = federation.ring_plan_at(terms, noise_multiplier=sigma, lattice_bits=bits)
-        return LatticeGaussian(
+        once = LatticeGaussian(
             sampling_rate=terms.privacy.sampling_rate, lattice_bits=plan.lattice_bits, share_variance=plan.share_variance,
             shares=terms.shares, dimension=terms.dimension, steps=1,
         )  # fmt: skip
+        return federation.exposure(terms, once)
 
     wanted = terms.privacy
     return accounting.calibrate(
-        epsilon=wanted.epsilon, delta=wanted.delta, sampling_rate=wanted.sampling_rate, steps=terms.steps, make=made
-    )
+        epsilon=wanted.epsilon, delta=wanted.delta, sampling_rate=wanted.sampling_rate, steps=terms.steps, make=made,
+        beside=unprotected.noised(federation.before_training(terms)) or (),
+    )  # fmt: skip
 
 
 def raw_terms(text: str) -> Contract:
     """The draft's values, not yet checked against each other; open places read as 1."""
+    text = basis_draft.stated(basis_draft.filled(text, 1), data_digest="0" * 64, digest="0" * 64)
     filled = blocks.filled(guardians.filled(_filled(text, 1.0, 1), 0), ())
     empty = "" if re.search(r"(?m)^\[\[member\]\]", text) else "member = []\n"
     try:

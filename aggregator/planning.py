@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from privacy.dp import accounting, mechanism, ring
-from privacy.dp.mechanism import LatticeGaussian
+from privacy.dp import accounting, groups, mechanism, ring
+from privacy.dp.mechanism import LatticeGaussian, Noised
 from privacy.errors import ConfigError
 
 _EIGHTHS = 8
@@ -30,6 +30,7 @@ class Question:
         noise_multiplier: sigma of the guarantee; None to have it calibrated.
         steps: private steps T in all; ``steps_per_round`` of them are one round.
         silos, colluders, dropouts: n, t_c and t_d; ``local`` faces one share whatever they are.
+        max_silos_per_unit: m, how many of the silos may know one unit; every figure is for such a unit.
         units: the public bound on one silo's units; dimension: d, all numbers that train.
 
     Raises:
@@ -48,6 +49,7 @@ class Question:
     dropouts: int = 0
     steps_per_round: int = 1
     local: bool = False
+    max_silos_per_unit: int = 1
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.noise_multiplier is None):
@@ -57,6 +59,15 @@ class Question:
                 f"{self.silos} silos with {self.colluders} colluders and {self.dropouts} drop-outs leave no honest noise",
                 hint="more silos, or fewer of the others", code="plan",
             )  # fmt: skip
+        if not 1 <= self.max_silos_per_unit <= self.silos:
+            raise ConfigError(
+                f"a unit in up to {self.max_silos_per_unit} of {self.silos} silos", hint="correct --max-silos-per-unit", code="plan"
+            )
+
+    def exposure(self, event: LatticeGaussian, *, apart: bool = False, silos: int = 1, records: int = 1) -> Noised:
+        """As ``federation.exposure``: ``event`` as such a unit is exposed to it."""
+        known = max(silos, self.max_silos_per_unit)
+        return groups.exposure(event, silos=known, records=records, together=not (apart or self.local))
 
     @property
     def shares(self) -> int:
@@ -74,7 +85,8 @@ class Answer:
     """What was planned. ``lattice_bits`` and ``share_deviation`` (of one silo's noise, in clipping bounds C) are per number.
 
     ``rounds``: (round, certified epsilon after it). ``relative_noise``: sigma·√T/(q·T), the noise of the whole run beside its
-    signal, for plans of equally many passes.
+    signal, for plans of equally many passes. ``several``: ("silos" or "records", how many, epsilon against the insiders) of a
+    unit in more silos than planned for, and of a person with so many records where each is a unit; None where no figure holds.
     """
 
     noise_multiplier: float
@@ -83,6 +95,7 @@ class Answer:
     share_deviation: float
     rounds: list[tuple[int, float]]
     relative_noise: float
+    several: list[tuple[str, int, float | None]]
 
 
 def answer(question: Question) -> Answer:
@@ -102,12 +115,25 @@ def answer(question: Question) -> Answer:
         seen = mechanism.adversaries(event, silos=question.fewest, colluders=question.colluders)
     return Answer(
         noise_multiplier=sigma,
-        epsilon={name: accounting.certify([each], question.delta).epsilon for name, each in seen.items()},
+        epsilon={
+            name: accounting.certify([question.exposure(each, apart=name == "sum_broken")], question.delta).epsilon
+            for name, each in seen.items()
+        },
         lattice_bits=plan.lattice_bits,
         share_deviation=math.sqrt(plan.share_variance) / 2.0**plan.lattice_bits,
         rounds=_forecast(question, event),
         relative_noise=_relative_noise(question, sigma),
+        several=_several(question, event),
     )
+
+
+def _several(question: Question, event: LatticeGaussian) -> list[tuple[str, int, float | None]]:
+    cases = [("silos", groups.SILOS)] if question.max_silos_per_unit < groups.SILOS else []
+    found = []
+    for of, count in [*cases, *(("records", count) for count in groups.RECORDS)]:
+        exposed = question.exposure(event, silos=count if of == "silos" else 1, records=count if of == "records" else 1)
+        found.append((of, count, groups.epsilon_for([exposed], question.delta)))
+    return found
 
 
 def alternatives(question: Question, factors: Sequence[float] = FACTORS) -> list[tuple[float, int, float, float]]:
@@ -140,8 +166,9 @@ def _calibrated(question: Question) -> tuple[float, LatticeGaussian]:
     if sigma is None:
         assert question.epsilon is not None
         sigma = accounting.calibrate(
-            epsilon=question.epsilon, delta=question.delta, sampling_rate=question.sampling_rate, steps=question.steps, make=made
-        )
+            epsilon=question.epsilon, delta=question.delta, sampling_rate=question.sampling_rate, steps=question.steps,
+            make=lambda sigma: question.exposure(made(sigma)),
+        )  # fmt: skip
     return sigma, made(sigma).with_steps(question.steps)
 
 
@@ -157,7 +184,7 @@ def _forecast(question: Question, event: LatticeGaussian) -> list[tuple[int, flo
     each = question.steps_per_round
     rounds = question.steps // each
     chosen = sorted({max(1, round(rounds * part / _EIGHTHS)) for part in range(1, _EIGHTHS + 1)})
-    curve = accounting.Curve(event, question.delta)
+    curve = accounting.Curve(question.exposure(event), question.delta)
     return [(count, curve(count * each)) for count in chosen]
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from aggregator import enrolment, versions
+from aggregator import basis_draft, enrolment, versions
 from aggregator.config import Home
 from aggregator.draft import AUTO, CALIBRATE, entries, entry, quote
 from aggregator.enrolment import open_draft, raw_terms, read_draft, stated
@@ -121,6 +121,7 @@ def _begun(newest: Accepted, in_force: str, identity: Identity, rounds: int | No
     }  # fmt: skip
     for key, value in values.items():
         text = _set(text, key, value)
+    text = basis_draft.reopened(text)
     if in_force:
         text = re.sub(r"(?m)^(previous[ \t]*=.*\n)", lambda found: f"{found[1]}in_force = {quote(in_force)}\n", text, count=1)
     if signatures and signatures != terms.signatures:
@@ -140,11 +141,11 @@ def _set(text: str, key: str, value: str) -> str:
 
 
 def _was_calibrated(terms: Contract) -> bool:
-    from privacy.dp import accounting
+    from privacy.dp import unprotected
 
     if not terms.is_private:
         return False
-    spent = accounting.certify([federation.mechanism(terms)], terms.privacy.delta).epsilon
+    spent = unprotected.certify(federation.whole_plan(terms), terms.privacy.delta).epsilon
     return spent > (1 - _CALIBRATED) * terms.privacy.epsilon
 
 

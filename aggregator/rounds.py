@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from aggregator import versions
 from aggregator.versions import Documents
-from privacy import envelope, federation, update_rule
+from privacy import basis_round, envelope, federation, update_rule
 from privacy.dp import ring
 from privacy.errors import RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member
@@ -171,6 +171,7 @@ def manifest(
     *, accepted: Accepted, at: Epoch, number: int, previous: bytes, state: State, now: float, head: Checkpoint
 ) -> Manifest:
     """What round ``number`` is: the contract's integer plan, its first state, when uploads must be here, the log's head."""
+    accepted = accepted.at(state.basis)
     plan = federation.ring_plan(accepted.terms)
     return Manifest(
         epoch_ctx=at.context, epoch=at.number, round=number, previous=previous, base_state=state.digest,
@@ -186,6 +187,7 @@ def freeze(accepted: Accepted, opened: Round, headers: Mapping[int, bytes]) -> t
         RoundError: a member's header is missing.
         TrustError: privacy.secure_sum.guardian_sum.check_freeze refuses the set; the message names the silos.
     """
+    accepted = accepted.in_round(opened.manifest.dimension)
     made = Freeze(round_ctx=opened.ctx, headers=_by_party(opened.silos, headers, "upload"))
     frozen = guardian_sum.check_freeze(made, accepted=accepted, epoch_ctx=opened.context, round_ctx=opened.ctx, own_header=None)
     return made, frozen
@@ -277,7 +279,7 @@ def apply(state: State, total: Words, terms: Contract, *, silos: int | None = No
     Raises:
         MachineError: this machine's floating point is not IEEE 754.
     """
-    lifted = ring.lift(total)
+    lifted, terms = ring.lift(total), basis_round.terms_after(terms, state.basis)
     if not update_rule.accepts(lifted, terms, silos=silos):
         return state, REJECTED
     try:
@@ -297,7 +299,7 @@ def settle(state: State, outcome: Outcome, terms: Contract) -> State:
     Raises:
         TrustError: the outcome names another state, reason or length of sum than the arithmetic gives.
     """
-    after = state
+    after, terms = state, basis_round.terms_after(terms, state.basis)
     if outcome.kind == "result":
         if len(outcome.total) != 4 * terms.dimension:
             raise _other_state(outcome, f"its sum has {len(outcome.total)} bytes, the contract has {4 * terms.dimension}")

@@ -19,6 +19,7 @@ from aggregator import audits, rounds
 from aggregator.desk import Desk, Vectors
 from aggregator.rounds import Round
 from privacy.errors import RoundError, TrustError
+from privacy.federation import Accepted
 from privacy.messages import Certificate, Freeze, Header, Kind, Outcome, Signed, decode
 from privacy.secure_sum import freeze, guardian_sum, shares
 from privacy.secure_sum.guardian_sum import Certified, Frozen
@@ -95,7 +96,7 @@ def _frozen(desk: Desk, opened: Round, seal_seed: bytes) -> Frozen | None:
             return None
         body = desk.publish("freeze", number, opened.context, chosen)
     return guardian_sum.check_freeze(
-        decode(body, Freeze), accepted=desk.accepted, epoch_ctx=opened.context, round_ctx=opened.ctx, own_header=None,
+        decode(body, Freeze), accepted=_accepted(desk, opened), epoch_ctx=opened.context, round_ctx=opened.ctx, own_header=None,
         silos=opened.silos,
     )  # fmt: skip
 
@@ -113,8 +114,8 @@ class _Choice:
         headers = self._checked()
         lists = self._desk.all("list", self._opened.number, arrived)
         chosen = freeze.choose(
-            headers, lists, accepted=self._desk.accepted, epoch_ctx=self._opened.context, round_ctx=self._opened.ctx,
-            silos=self._opened.silos,
+            headers, lists, accepted=_accepted(self._desk, self._opened), epoch_ctx=self._opened.context,
+            round_ctx=self._opened.ctx, silos=self._opened.silos,
         )  # fmt: skip
         complete = chosen is not None and len(chosen.headers) == len(headers)
         return chosen if complete or last or len(arrived) == len(_guardians(self._desk)) else None
@@ -129,7 +130,8 @@ class _Choice:
         for silo in set(desk.store.parties("upload", opened.number)) - set(self._headers):
             raw = desk.upload(opened, silo).header
             header = guardian_sum.check_header(
-                raw, desk.accepted.terms.by_id(silo), accepted=desk.accepted, epoch_ctx=opened.context, round_ctx=opened.ctx,
+                raw, desk.accepted.terms.by_id(silo), accepted=_accepted(desk, opened), epoch_ctx=opened.context,
+                round_ctx=opened.ctx,
                 silos=opened.silos,
             )  # fmt: skip
             Vectors(desk, {silo: header}, self._seal_seed, opened).check()
@@ -195,6 +197,11 @@ def _waited(
 
     arrived = desk.until(kind, opened.number, shown=opened.number, deadline_at=deadline_at, parties=parties, done=done)
     return last[-1][1] if last[-1][1] is not None else found(arrived, last=True)
+
+
+def _accepted(desk: Desk, opened: Round) -> Accepted:
+    """The contract as it governs this round."""
+    return desk.accepted.in_round(opened.manifest.dimension)
 
 
 def _guardians(desk: Desk) -> tuple[int, ...]:

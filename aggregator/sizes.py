@@ -25,7 +25,7 @@ def cap(kind: Kind, accepted: Accepted) -> int:
     """
     if kind in AGGREGATOR_KINDS:
         raise not_yours(kind)
-    peers, d = accepted.terms.silos - 1, accepted.terms.dimension
+    peers, d = accepted.terms.silos - 1, max(each.terms.dimension for each in (accepted, accepted.at(b"")))
     guardians, silos = len(accepted.terms.guardian), accepted.terms.silos
     header = SIGNED_BYTES + 256 + 48 * peers + 80 * guardians
     bundles = guardians * (16 + shares.bundle_bytes(silos)) if guardians else 0

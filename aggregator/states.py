@@ -26,6 +26,7 @@ def save(folder: Path, number: int, state: State) -> None:
     """
     arrays = {"theta": state.theta, "first_moment": state.first_moment, "second_moment": state.second_moment}
     facts = {"applied": state.applied, "beta1_power": state.beta1_power.hex(), "beta2_power": state.beta2_power.hex()}
+    facts |= {"basis": state.basis.hex()} if state.basis else {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -44,7 +45,8 @@ def load(folder: Path, number: int, digest: bytes) -> State | None:
         facts = json.loads(header["__metadata__"]["siloquy"])
         state = State(
             applied=facts["applied"], beta1_power=float.fromhex(facts["beta1_power"]),
-            beta2_power=float.fromhex(facts["beta2_power"]), **safetensors.numpy.load(data),
+            beta2_power=float.fromhex(facts["beta2_power"]), basis=bytes.fromhex(facts.get("basis", "")),
+            **safetensors.numpy.load(data),
         )  # fmt: skip
         return state if state.digest == digest else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error, safetensors.SafetensorError):

@@ -9,7 +9,7 @@ and what was stored after it follows in the order in which its files were writte
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,11 +35,13 @@ def verify(
     *,
     rounds: Collection[int] | None = None,
     report: tuple[bytes, bytes | None] | None = None,
+    views: Mapping[str, bytes] | None = None,
     at_least: int = 0,
 ) -> Verdict:
     """Check the home in ``root``: table against files and log, then everything that privacy.audit.whole asks.
 
     Args:
+        views: what lies beside that report, by file name (reporting.report.read_views).
         at_least: so many rounds must have ended.
 
     Raises:
@@ -53,8 +55,8 @@ def verify(
     fetch = placing.reader(home.log_folder)
     also = functools.partial(check_log, fetch=fetch, entries=entries, report=None if report is None else report[0])
     return whole.audit(
-        evidence, pinned=_fingerprints(home), rounds=rounds, before=before, also=also, report=report, again=recheck.recheck,
-        at_least=at_least,
+        evidence, pinned=_fingerprints(home), rounds=rounds, before=before, also=also, report=report,
+        again=functools.partial(recheck.recheck, views=views), at_least=at_least,
     )  # fmt: skip
 
 

@@ -104,6 +104,14 @@ def of_round(documents: Documents, number: int) -> Accepted | None:
     return None if raw is None else of_epoch(documents, decode(decode(raw, Signed).body, Manifest).epoch)
 
 
+def _in_round(documents: Documents, number: int) -> Accepted | None:
+    """The same as it governs this round, which may be a basis round (privacy.basis_round)."""
+    raw, found = documents.get("manifest", number, AGGREGATOR), of_round(documents, number)
+    if raw is None or found is None:
+        return None
+    return found.in_round(decode(decode(raw, Signed).body, Manifest).dimension)
+
+
 def in_force(documents: Documents) -> Accepted | None:
     """What a coordinator goes on with: the version of the round that is open, else the standing one."""
     latest = documents.latest("manifest") or 0
@@ -120,7 +128,7 @@ def governing(documents: Documents, kind: str, number: int) -> Accepted | None:
         return of_epoch(documents, number) or in_force(documents)
     if kind == "cosignature":  # of a head, which may be shown before the round is opened: by the epoch of that moment
         return of_epoch(documents, documents.latest("epoch") or 0) or in_force(documents)
-    return of_round(documents, number) or in_force(documents)
+    return _in_round(documents, number) or in_force(documents)
 
 
 def lineage(documents: Documents, upto: int | None = None) -> chain.Lineage | None:

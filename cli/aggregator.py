@@ -19,9 +19,12 @@ from cli.options import (
     AggregatorHome,
     Basis,
     Dropouts,
+    Heads,
     Json,
     LastLayers,
+    MaxSilos,
     Protocol,
+    PublicData,
     Rank,
     SamplingRate,
     Targets,
@@ -68,9 +71,12 @@ def init(
     text_pair: Annotated[bool, typer.Option("--text-pair", help="records have text and text_pair")] = False,
     max_length: Annotated[int, typer.Option(min=4, help="tokens per record")] = defaults.MAX_LENGTH,
     rank: Rank = defaults.RANK,
+    heads: Heads = 1,
     basis: Basis = defaults.BASIS,
+    public_data: PublicData = "",
     unit: Annotated[str, typer.Option(help="the column that names the privacy unit, or `record`")] = "record",
     max_records_per_unit: Annotated[int, typer.Option(min=1, help="a public cap, not tuned on data")] = 1,
+    max_silos_per_unit: MaxSilos = 1,
     epsilon: Annotated[float, typer.Option(help="what the whole plan may cost")] = defaults.EPSILON,
     delta: Annotated[float, typer.Option(help="at most 1e-5 and 1/(10 · all units)")] = 1e-6,
     sampling_rate: SamplingRate = defaults.SAMPLING_RATE,
@@ -79,6 +85,9 @@ def init(
     protocol: Protocol = "consent",
     dropouts: Dropouts = 0,
     signatures: Annotated[str, typer.Option(help="ed25519, or ed25519+ml-dsa-65: both, against quantum computers too")] = "ed25519",
+    two: Annotated[
+        bool, typer.Option("--two-silos-see-each-other", help="two members: each reads the other's noised vector off the sum")
+    ] = False,
     without_privacy: WithoutPrivacy = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
@@ -99,9 +108,11 @@ def init(
     terms = Terms(
         name=name, expires=commands.in_a_year(), labels=words(labels), model=table, modules=modules, units=units, rounds=rounds,
         mode=mode, steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1), text_pair=text_pair,
-        max_length=max_length, rank=rank, basis=basis, scale=scale, learning_rate=learning_rate, unit=unit,
-        max_records_per_unit=max_records_per_unit, sampling_rate=sampling_rate, epsilon=epsilon, delta=delta,
-        deadline_s=deadline, signatures=signatures, protocol=protocol, dropouts=dropouts, without_privacy=without_privacy,
+        max_length=max_length, rank=rank, heads=heads, basis=basis, shapes=commands.shapes_of(model, modules), scale=scale,
+        public_data=public_data, learning_rate=learning_rate, unit=unit,
+        max_records_per_unit=max_records_per_unit, max_silos_per_unit=max_silos_per_unit, sampling_rate=sampling_rate,
+        epsilon=epsilon, delta=delta, deadline_s=deadline, signatures=signatures, protocol=protocol, dropouts=dropouts,
+        two_silos_see_each_other=two, without_privacy=without_privacy,
         max_grad_norm=defaults.GENEROUS_GRAD_NORM if without_privacy else defaults.MAX_GRAD_NORM,
     )  # fmt: skip
     made = commands.init(home, organisation=organisation, terms=terms, lora_width=lora_width, port=port)
@@ -271,7 +282,9 @@ def report(
     home: AggregatorHome = HERE,
     json: Json = False,
 ) -> None:
-    """Write the privacy report: report.json (signed) and report.html (for reading).
+    """Write the privacy report: report.json (signed), report.html and report.pdf (for reading), registry.yaml (for publishing).
+
+    The PDF is PDF/A. The YAML is a draft entry for the OpenDP Deployments Registry; nothing is sent.
 
     \b
     Example:
@@ -290,6 +303,7 @@ def report(
         {
             "report": str(record),
             "page": str(page),
+            "pdf": str(page.with_suffix(".pdf")),
             "epsilon": spent.epsilon,
             "delta": facts.guarantee.delta,
             **({} if isinstance(spent, Figure) else {"epsilon_none": spent.reason}),
@@ -299,6 +313,7 @@ def report(
             f"epsilon {in_words(spent.epsilon)}{delta} after {spent.rounds} rounds",
             f"record {record}",
             f"page   {page}",
+            f"PDF    {page.with_suffix('.pdf')}",
         ],
     )
 

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import typer
 
 from privacy.errors import SiloquyError
+from privacy.visible import visible
 
 USAGE, INTERRUPTED, BUG = 2, 130, 1
 # typer carries its own copy of click: its usage errors are found through a public subclass.
@@ -96,5 +97,5 @@ def _report(as_json: bool, *, code: str, exit_code: int, message: str, hint: str
         body = {**facts, "code": code, "exit_code": exit_code, "message": message, "hint": hint}
         sys.stdout.write(json.dumps({"error": body}, ensure_ascii=False, default=str) + "\n")
     else:
-        sys.stderr.write(f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else ""))
+        sys.stderr.write(visible(f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else "")))
     return exit_code

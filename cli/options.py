@@ -18,12 +18,17 @@ AggregatorHome = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on stdout")]
 Units = Annotated[int, typer.Option(min=1, help="a rounded public upper bound on any silo's privacy units, agreed, not counted")]
+MaxSilos = Annotated[int, typer.Option(min=1, help="how many silos may know one unit: epsilon is for such a unit")]
 Targets = Annotated[
     str, typer.Option(help="linear modules to adapt, comma separated: names, `value-output` (of attention) or `all-linear`")
 ]
 LastLayers = Annotated[int, typer.Option(min=0, help="adapt only so many of the last layers; 0 adapts all")]
 Rank = Annotated[int, typer.Option(min=1, help="r: each adapted module trains r×r numbers")]
-Basis = Annotated[str, typer.Option(help="where the frozen A and B come from: weights (an SVD of each layer) or random (a seed)")]
+Heads = Annotated[int, typer.Option(min=1, max=64, help="h: each adapted module trains h matrices of r×r on vectors of their own")]
+Basis = Annotated[
+    str, typer.Option(help="where A and B come from: weights, random, public (data), private (a noised round) or raw (no noise)")
+]
+PublicData = Annotated[str, typer.Option(help="with --basis public: what the public data set is called, in words")]
 SamplingRate = Annotated[float, typer.Option(help="q: how likely a unit is in a step")]
 Folder = Annotated[Path | None, typer.Option(help="exchange documents in this folder instead of where silo.toml says")]
 Protocol = Annotated[

@@ -3,6 +3,7 @@
 
 With ``--json`` stdout carries exactly one JSON document and nothing is said on stderr. Without it, tables and facts go
 to stdout, progress to stderr; both read well without colour (``NO_COLOR`` is respected by rich).
+What was read elsewhere cannot move or hide a word of it (``privacy.visible``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from privacy.errors import ConfigError
+from privacy.visible import visible
 
 
 class Output:
@@ -29,7 +31,7 @@ class Output:
     def say(self, text: str) -> None:
         """A line for people who watch; silent under ``--json``."""
         if not self.json:
-            self.err.print(text)
+            self.err.print(visible(text))
 
     def result(self, document: Mapping[str, object], lines: Iterable[str | Table] = ()) -> None:
         """The command's answer: the document under ``--json``, otherwise the lines and tables."""
@@ -37,7 +39,7 @@ class Output:
             sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
             return
         for line in lines:
-            self.out.print(line)
+            self.out.print(visible(line) if isinstance(line, str) else line)
 
 
 def ask(question: str, *, yes: bool, json: bool) -> None:
@@ -59,8 +61,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*(visible(str(cell)) for cell in row))
     return made
+
+
+def several(found: Iterable[tuple[str, int, float | None]]) -> Table:
+    """Epsilon of whoever has more to hide than one unit: ("silos" or "records", how many, epsilon)."""
+    words = {"silos": "a unit that {} silos know", "records": "a person with {} records, where the unit is a record"}
+    rows = [(words[of].format(count), "no figure" if value is None else f"{value:.3f}") for of, count, value in found]
+    return table("", ("epsilon of more than one unit", "epsilon"), rows)
 
 
 def bar(value: float, limit: float, width: int = 24) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aggregator import defaults
-from cli.options import MODE_HELP, STEPS_HELP, Dropouts, Json, SamplingRate, Units
+from cli.options import MODE_HELP, STEPS_HELP, Dropouts, Json, MaxSilos, SamplingRate, Units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +33,7 @@ def plan(
     steps_per_round: Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)] = None,
     colluders: Annotated[int, typer.Option(min=1, help="silos that may work together with the aggregator")] = 1,
     dropouts: Dropouts = 0,
+    max_silos_per_unit: MaxSilos = 1,
     dimension: Annotated[int, typer.Option(min=1, help="how many numbers train: rank² for each module, and the head")] = 6914,
     compare: Annotated[bool, typer.Option("--compare", help="also plans with larger and smaller samples, as many passes")] = False,
     json: Json = False,
@@ -47,7 +48,7 @@ def plan(
     """
     from aggregator import planning
     from aggregator.simulation.dealing import default_delta
-    from cli.output import Output, table
+    from cli.output import Output, several, table
 
     if mode not in ("joint", "local"):
         raise typer.BadParameter(f"--mode {mode}: joint or local")
@@ -55,7 +56,7 @@ def plan(
     question = planning.Question(
         epsilon=epsilon, noise_multiplier=noise_multiplier, delta=delta or default_delta(units, silos), steps=rounds * each,
         steps_per_round=each, sampling_rate=sampling_rate, silos=silos, units=units, dimension=dimension, colluders=colluders,
-        dropouts=dropouts, local=mode == "local",
+        dropouts=dropouts, local=mode == "local", max_silos_per_unit=max_silos_per_unit,
     )  # fmt: skip
     found = planning.answer(question)
     others = planning.alternatives(question) if compare else []
@@ -63,6 +64,8 @@ def plan(
         "noise_multiplier": found.noise_multiplier, "delta": question.delta, "rounds": rounds, "steps": question.steps,
         "sampling_rate": sampling_rate, "mode": mode, "silos": silos, "shares": question.shares, "epsilon": found.epsilon,
         "lattice_bits": found.lattice_bits, "share_deviation": found.share_deviation, "relative_noise": found.relative_noise,
+        "max_silos_per_unit": max_silos_per_unit,
+        "several": [{"of": of, "count": count, "epsilon": value} for of, count, value in found.several],
         "forecast": [{"rounds": count, "epsilon": value} for count, value in found.rounds],
         "compare": [
             {"sampling_rate": rate, "steps": steps, "noise_multiplier": sigma, "relative_noise": noise}
@@ -73,6 +76,7 @@ def plan(
     lines: list[str | Table] = [
         f"noise multiplier {found.noise_multiplier:.4f} (delta {question.delta:g}); each silo adds {found.share_deviation:.3g} C",
         table("", ("epsilon against", "epsilon"), [(words, f"{found.epsilon[name]:.3f}") for name, words in against.items()]),
+        several(found.several),
         table("after", ("rounds", "epsilon"), [(str(count), f"{value:.3f}") for count, value in found.rounds]),
     ]
     if others:

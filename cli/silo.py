@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import audit, guard, members, restore, verify
+from cli import alone, audit, basis, doctor, guard, members, report, restore, verify
 from cli.errors import run
 from cli.options import HERE, SETTINGS, Folder, Json, SiloHome
 from privacy import lifeline
@@ -92,6 +92,9 @@ def join(
             help="this silo's word that the contract may add NO noise: exact sums of its gradients are then seen by everybody",
         ),
     ] = False,
+    basis_file: Annotated[
+        Path | None, typer.Option("--basis", help="the coordinator's basis.safetensors, where the contract's basis is public")
+    ] = None,
     folder: Folder = None,
     home: SiloHome = HERE,
     json: Json = False,
@@ -102,15 +105,20 @@ def join(
     Examples:
       silo join --fingerprint "9c1f 03aa …"
       silo join --fingerprint 5be1… --yes --json
+      silo join --fingerprint "9c1f 03aa …" --basis basis.safetensors
     """
     from cli.output import Output, ask
     from privacy.dp.unprotected import in_words
     from silo import commands
 
     output = Output(json=json)
-    with commands.joining(home, fingerprint, folder=folder, without_privacy=without_differential_privacy) as visit:
+    with commands.joining(
+        home, fingerprint, folder=folder, without_privacy=without_differential_privacy, basis=basis_file
+    ) as visit:  # fmt: skip
         for line in visit.words:
             output.say("  " + line)
+        if visit.accepted.terms.is_private:
+            output.say("  " + alone.HINT)
         loud = "" if visit.accepted.terms.is_private else ", WITHOUT DIFFERENTIAL PRIVACY"
         ask(f"Does this silo agree to these terms{loud}?", yes=yes, json=json)
         member = visit.countersign()
@@ -128,6 +136,15 @@ def train(
     rounds: Annotated[int | None, typer.Option(min=1, help="take part in this many rounds, then stop")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="take part until the plan is used up or the run ends")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="step and round time, memory; nothing leaves or is spent")] = False,
+    by_itself: Annotated[
+        bool, typer.Option("--alone", help="what this silo reaches by itself at the same epsilon; it spends budget too")
+    ] = False,
+    contract: Annotated[
+        Path | None, typer.Option(help="with --alone: this federation.toml instead of the contract joined, or shown by join")
+    ] = None,
+    instead: Annotated[
+        bool, typer.Option("--instead-of-joining", help="with --alone: train though the federation's plan no longer fits after it")
+    ] = False,
     folder: Folder = None,
     home: SiloHome = HERE,
     json: Json = False,
@@ -141,15 +158,23 @@ def train(
       silo train --dry-run
       silo train --rounds 40
       silo train --watch
+      silo train --alone
     """
     from cli.output import Output
     from privacy.dp.unprotected import in_words
     from silo import commands
 
     output = Output(json=json)
+    if by_itself:
+        if watch or dry_run:
+            raise typer.BadParameter("--alone goes with --rounds or nothing: it waits for nobody")
+        alone.train(output, home, rounds, contract=contract, folder=folder, instead=instead)
+        return
+    if contract is not None or instead:
+        raise typer.BadParameter("--contract and --instead-of-joining are for --alone")
     if dry_run:
-        report = commands.dry_run(home)
-        output.result(report, [f"{key}: {value}" for key, value in report.items()])
+        found = commands.dry_run(home)
+        output.result(found, [f"{key}: {value}" for key, value in found.items()])
         return
     if rounds is None and not watch:
         raise typer.BadParameter("say how long: --rounds N, or --watch")
@@ -196,25 +221,12 @@ def budget(
       silo budget
       silo budget --forecast 20
     """
-    from cli.output import Output, bar, table
-    from privacy.dp.unprotected import in_words
+    from cli.budget import words
+    from cli.output import Output
     from silo import reading
 
     facts = reading.budget(home, forecast)
-    if facts["epsilon"] is None:
-        charged = f"{facts['steps']} steps of this contract charged; nothing makes it finite again"
-        Output(json=json).result(facts, [f"epsilon {in_words(None)}", charged])
-        return
-    picture = bar(facts["epsilon"], facts["limit"])
-    by_pld = "not computed" if facts["epsilon_pld"] is None else f"{facts['epsilon_pld']:.4g}"
-    lines = [
-        f"epsilon {facts['epsilon']:.4g} of {facts['limit']:g} at delta {facts['delta']:g}   {picture}",
-        f"by PLD {by_pld}, by RDP {facts['epsilon_rdp']:.4g}; {facts['steps']} private steps charged",
-    ]
-    if "epsilon_stood" in facts:
-        lines.append(f"with the noise that stood in each sum {facts['epsilon_stood']:.4g}; the charge counts the fewest silos")
-    ahead = [(row["rounds"], in_words(row["epsilon"])) for row in facts["forecast"]]
-    Output(json=json).result(facts, [*lines, *([table("forecast", ("more rounds", "epsilon"), ahead)] if ahead else [])])
+    Output(json=json).result(facts, words(facts))
 
 
 @app.command("eval")
@@ -224,6 +236,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="compute threads; [compute] threads of silo.toml unless given")] = None,
+    by_itself: Annotated[bool, typer.Option("--alone", help="the model of `silo train --alone`, and the federation's")] = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -235,10 +248,16 @@ def evaluate(
     Examples:
       silo eval --records held-out.jsonl
       silo eval --records held-out.jsonl --private-head north.jsonl --private-head south.jsonl
+      silo eval --records held-out.jsonl --alone
     """
     from cli.output import Output
     from silo import reading
 
+    if by_itself:
+        if private_head:
+            raise typer.BadParameter("--private-head is for the federation's model, without --alone")
+        alone.evaluate(Output(json=json), home, records, threads)
+        return
     facts = reading.evaluate(home, records, tuple(private_head or ()), threads=threads)
     lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
     if facts.get("accuracy_head") is not None:
@@ -281,7 +300,10 @@ def export(
 
 
 audit.add_to_silo(app)
+basis.add_to_silo(app)
+doctor.add_to_silo(app)
 guard.add_to_silo(app)
+report.add_to_silo(app)
 members.add_to_silo(app)
 restore.add_to_silo(app)
 verify.add_to_silo(app)

@@ -15,6 +15,7 @@ from cli.options import (
     STEPS_HELP,
     Basis,
     Dropouts,
+    Heads,
     Json,
     LastLayers,
     Protocol,
@@ -55,7 +56,9 @@ def simulate(
     targets: Targets = defaults.TARGETS,
     last_layers: LastLayers = defaults.LAST_LAYERS,
     rank: Rank = defaults.RANK,
+    heads: Heads = 1,
     basis: Basis = defaults.BASIS,
+    public_data: Annotated[Path | None, typer.Option(help="with --basis public: the records of the public data set")] = None,
     sampling_rate: SamplingRate = defaults.SAMPLING_RATE,
     home: Annotated[Path | None, typer.Option(help="a new folder; simulation-<time> unless given")] = None,
     protocol: Protocol = "consent",
@@ -89,8 +92,8 @@ def simulate(
     settings = Settings(
         home=home or Path(time.strftime("simulation-%Y%m%d-%H%M%S")), data=data, held_out=held_out, silo_column=silo_column,
         silos=silos, unit=unit, max_records_per_unit=max_records_per_unit, epsilon=epsilon, delta=delta, mode=mode, model=model,
-        targets=words(targets), last_layers=last_layers or None, rank=rank, basis=basis, sampling_rate=sampling_rate,
-        rounds=rounds or defaults.ROUNDS.get(mode, 1), protocol=protocol, dropouts=dropouts,
+        targets=words(targets), last_layers=last_layers or None, rank=rank, heads=heads, basis=basis, public_data=public_data,
+        sampling_rate=sampling_rate, rounds=rounds or defaults.ROUNDS.get(mode, 1), protocol=protocol, dropouts=dropouts,
         steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1), drops=tuple(map(dropped, drop or ())),
         without_privacy=without_privacy,
     )  # fmt: skip

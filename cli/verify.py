@@ -7,6 +7,7 @@ failed and questions are open, which ``--allow-open`` accepts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import HERE, AggregatorHome, Json, SiloHome
+from cli.report import verify_own
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +27,8 @@ FAILED, OPEN = 4, 6
 Rounds = Annotated[list[int] | None, typer.Option("--round", min=1, help="only this round in full; may be given more than once")]
 Everything = Annotated[bool, typer.Option("--all", help="all rounds, as without --round")]
 Report = Annotated[
-    Path | None, typer.Option(help="a report.json: its figures are computed again, and its digest must stand in the log")
+    Path | None,
+    typer.Option(help="a report.json: figures and views are made again, its digest must be in the log; or a silo's own report"),
 ]
 AtLeast = Annotated[int, typer.Option(min=0, help="fail when fewer rounds have ended here: you know that so many did")]
 AllowOpen = Annotated[bool, typer.Option("--allow-open", help="end with 0 also when questions are open and none failed")]
@@ -66,11 +69,16 @@ def silo_verify(
       silo verify --folder copy-of-the-evidence --fingerprint "9c1f 03aa …"
     """
     from silo import verify
+    from silo.reporting import own
 
+    if report is not None and own.is_own(report):
+        if rounds or everything or url or folder is not None or fingerprint or rounds_at_least:
+            raise typer.BadParameter("a silo's own report is checked against this home alone: no other question goes with it")
+        return verify_own(home, report, allow_open=allow_open, json=json)
     chosen = _chosen(rounds, everything)
     verdict = verify.verify(
         home, url=url, folder=folder, fingerprint=fingerprint, rounds=chosen, report=report, at_least=rounds_at_least,
-        again=None if report is None else _again(),
+        again=None if report is None else _again(report),
     )  # fmt: skip
     return _show(verdict, allow_open=allow_open, json=json)
 
@@ -95,10 +103,13 @@ def aggregator_verify(
       aggregator verify --rounds-at-least 40
     """
     from aggregator import verify
+    from aggregator.reporting.report import read_views
     from privacy.audit.evidence import read_report
 
-    papers = None if report is None else read_report(report)
-    verdict = verify.verify(home, rounds=_chosen(rounds, everything), report=papers, at_least=rounds_at_least)
+    papers, views = (None, None) if report is None else (read_report(report), read_views(report))
+    verdict = verify.verify(
+        home, rounds=_chosen(rounds, everything), report=papers, views=views, at_least=rounds_at_least
+    )
     return _show(verdict, allow_open=allow_open, json=json)
 
 
@@ -125,10 +136,11 @@ def _chosen(rounds: Sequence[int] | None, everything: bool) -> frozenset[int] | 
     return frozenset(rounds) if rounds else None
 
 
-def _again() -> Again:
+def _again(record: Path) -> Again:
     from aggregator.reporting import recheck
+    from aggregator.reporting.report import read_views
 
-    return recheck.recheck
+    return functools.partial(recheck.recheck, views=read_views(record))
 
 
 def _exit_code(verdict: Verdict, *, allow_open: bool) -> int:

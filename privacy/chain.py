@@ -37,6 +37,7 @@ from privacy.messages import Countersignature, decode, encode
 
 _FIXED: Final = (
     "name", "task", "model", "adapter", "training.mode", "training.optimizer", "privacy.unit", "privacy.off", "aggregator.name",
+    "privacy.max_silos_per_unit", "basis.shapes", "basis.width", "public_basis",
 )  # fmt: skip
 _KIND: Final = "countersignature"
 
@@ -348,7 +349,7 @@ def _halves(key: bytes) -> tuple[bytes, ...]:
 def _value(terms: Contract, path: str) -> object:
     found: object = terms
     for name in path.split("."):
-        found = getattr(found, name)
+        found = None if found is None else getattr(found, name)  # a table that only some contracts have
     return found
 
 

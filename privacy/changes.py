@@ -31,8 +31,10 @@ def _parties_in_words(before: Contract, after: Contract) -> Iterator[str]:
 
 
 def _values_in_words(before: Contract, after: Contract) -> Iterator[str]:
-    for table in ("training", "privacy", "sum"):
+    for table in ("training", "privacy", "sum", "basis"):
         old, new = getattr(before, table), getattr(after, table)
+        if old is None or new is None:  # adapter.basis stays, so both are
+            continue
         for field in old.__struct_fields__:
             if getattr(old, field) != getattr(new, field):
                 yield f"{table}.{field}: {getattr(old, field)} becomes {getattr(new, field)}"

@@ -55,14 +55,29 @@ class Model(Table, frozen=True, kw_only=True):
 class Adapter(Table, frozen=True, kw_only=True):
     """LoRA-SB layers: W + s·B·R·A with r×r R on each of ``modules``, in this order, then the task head.
 
-    ``basis``: where the frozen B and A come from, both public: the base model's own ``weights``, or a ``random`` public seed.
+    ``heads``: h cores R_k on each module, W + s·Σ_k B_k R_k A_k; B_k and A_k are the k-th r of the h·r vectors of one basis, so
+    that R is h blocks on a diagonal (RAVAN, arXiv 2506.05568; its factors s_k are part of R_k here).
+    ``basis``: where the frozen B and A come from. Public: the base model's own ``weights``, a ``random`` public seed, or gradients
+    of a ``public`` data set (``PublicBasis``). From the silos' records: ``private``, the result of a round of its own (``Basis``),
+    and ``raw``, the same without noise, in contracts without differential privacy.
     """
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     modules: tuple[Text, ...]
-    basis: Literal["weights", "random"] = "weights"
+    basis: Literal["weights", "random", "public", "private", "raw"] = "weights"
+    heads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     scale: Positive = 1.0
     head_scale: Positive = 1.0
+
+    @property
+    def vectors(self) -> int:
+        """h·r: how many orthonormal vectors A and B of a module have."""
+        return self.heads * self.rank
+
+    @property
+    def core(self) -> int:
+        """h·r²: trainable numbers of one module."""
+        return self.heads * self.rank**2
 
 
 class Training(Table, frozen=True, kw_only=True):
@@ -90,6 +105,8 @@ class Training(Table, frozen=True, kw_only=True):
 class Privacy(Table, frozen=True, kw_only=True):
     """The mechanism (docs/concepts/privacy.md). ``units`` is a rounded public figure per silo, never derived from records.
 
+    ``max_silos_per_unit``: m, how many silos may know one unit; every figure is for such a unit (``federation.exposures``).
+
     ``off`` says in words that there is no noise and no epsilon. Then, and only then, are the figures of the guarantee left out
     (here 0): ``privacy.federation.parse`` holds a contract to that.
     """
@@ -98,6 +115,7 @@ class Privacy(Table, frozen=True, kw_only=True):
     unit: Text = "record"
     units: Count
     max_records_per_unit: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    max_silos_per_unit: Count = 1
     sampling_rate: Rate
     max_grad_norm: Positive
     noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)] = 0.0
@@ -105,6 +123,36 @@ class Privacy(Table, frozen=True, kw_only=True):
     delta: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.0
     colluders: Annotated[int, msgspec.Meta(ge=1)] = 1
     lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
+
+
+class Basis(Table, frozen=True, kw_only=True):
+    """The basis round (docs/adr/0020): one release of clipped gradient sketches over all units, before the training rounds.
+
+    It is there exactly with ``adapter.basis`` "private" or "raw". ``shapes``: (out, in) of each of ``adapter.modules``; ``width``:
+    l, the columns of each sketch; the rest as in ``Privacy``, for this round. ``attempts``: how many such rounds the plan pays for,
+    at most; the first that ends with a sum is the last.
+    """
+
+    shapes: tuple[tuple[Count, Count], ...]
+    width: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    max_grad_norm: Positive
+    noise_multiplier: Annotated[float, msgspec.Meta(gt=0.0, le=1e4)] = 0.0
+    lattice_bits: Annotated[int, msgspec.Meta(ge=1, le=20)]
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 2
+
+
+class PublicBasis(Table, frozen=True, kw_only=True):
+    """The factors that the coordinator made from a public data set (docs/adr/0019): its file, by ``digest``, and no other.
+
+    It is there exactly with ``adapter.basis`` "public". ``data``: what the data set is called; ``data_digest``: the SHA-256 of the
+    file whose records were used. ``width`` and ``max_grad_norm``, as in ``Basis``, say how to make the factors again.
+    """
+
+    data: Text
+    data_digest: Hex32
+    digest: Hex32
+    width: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    max_grad_norm: Positive
 
 
 class Sum(Table, frozen=True, kw_only=True):
@@ -178,6 +226,8 @@ class Contract(Table, frozen=True, kw_only=True):
     training: Training
     privacy: Privacy
     sum: Sum
+    basis: Basis | None = None
+    public_basis: PublicBasis | None = None
     aggregator: Aggregator
     member: tuple[Member, ...]
     guardian: tuple[Guardian, ...] = ()
@@ -229,14 +279,24 @@ class Contract(Table, frozen=True, kw_only=True):
 
     @property
     def steps(self) -> int:
-        """Private steps in the whole plan: rounds times steps per round."""
+        """Private steps in the training rounds of the plan: rounds times steps per round."""
         return self.training.rounds * self.training.steps_per_round
 
     @property
+    def planned_rounds(self) -> int:
+        """How many rounds there will be if none is void: those of training, and where there is one the basis round before them."""
+        return self.training.rounds + (self.basis is not None)
+
+    @property
     def dimension(self) -> int:
-        """d: trainable numbers. One r×r matrix per module, then head weight (labels, hidden) and head bias (labels)."""
+        """Numbers in a silo's vector: d; of the sketches in a basis round (``privacy.basis_round.BasisTerms``)."""
+        return self.trainables
+
+    @property
+    def trainables(self) -> int:
+        """d: trainable numbers. h cores of r×r per module, then head weight (labels, hidden) and head bias (labels)."""
         labels = len(self.task.labels)
-        return len(self.adapter.modules) * self.adapter.rank**2 + labels * self.model.hidden_size + labels
+        return len(self.adapter.modules) * self.adapter.core + labels * self.model.hidden_size + labels
 
     @property
     def divisor(self) -> float:

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 
 import msgspec
 
+from privacy import basis_round
 from privacy.contract import (
     GUARDIANS_FROM,
     Adapter,
     Aggregator,
+    Basis,
     Contract,
     Guardian,
     Hex32,
@@ -29,6 +31,7 @@ from privacy.contract import (
     Name,
     Positive,
     Privacy,
+    PublicBasis,
     Signer,
     Sum,
     Table,
@@ -36,16 +39,16 @@ from privacy.contract import (
     Text,
     Training,
 )
-from privacy.dp import grid, ring
-from privacy.dp.mechanism import MOST_STEPS, LatticeGaussian, Mechanism, Unprotected
+from privacy.dp import grid, groups, ring
+from privacy.dp.mechanism import MOST_CONTRIBUTIONS, MOST_STEPS, LatticeGaussian, Mechanism, Noised, Unprotected
 from privacy.dp.mechanism import adversaries as of_a_sum
 from privacy.errors import ConfigError, PrivacyRefusal
 from privacy.secure_sum.shamir import MOST_SHARES
 
 __all__ = [
-    "GUARDIANS_FROM", "Accepted", "Adapter", "Aggregator", "Contract", "Guardian", "Hex32", "Member", "Model", "Name", "Positive",
-    "Privacy", "Signer", "Sum", "Table", "Task", "Text", "Training", "adversaries", "event", "mechanism", "parse",
-    "ring_plan", "ring_plan_at", "update_grid",
+    "GUARDIANS_FROM", "Accepted", "Adapter", "Aggregator", "Basis", "Contract", "Guardian", "Hex32", "Member", "Model", "Name",
+    "Positive", "Privacy", "PublicBasis", "Signer", "Sum", "Table", "Task", "Text", "Training", "adversaries", "before_training",
+    "event", "exposure", "exposures", "mechanism", "parse", "ring_plan", "ring_plan_at", "update_grid", "whole_plan",
 ]  # fmt: skip
 
 
@@ -55,6 +58,18 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     terms: Contract
     raw: bytes
     digest: bytes
+
+    def at(self, basis: bytes) -> Accepted:
+        """This contract as it governs the round after a state that names the factors ``basis``: b"" while none are fixed."""
+        return self if self.terms.basis is None or basis else self._basis_round
+
+    def in_round(self, dimension: int) -> Accepted:
+        """This contract as it governs a round whose manifest states vectors of this length (``_check_basis``: it says which)."""
+        return self if self.terms.basis is None or dimension == self.terms.trainables else self._basis_round
+
+    @property
+    def _basis_round(self) -> Accepted:
+        return msgspec.structs.replace(self, terms=basis_round.terms_of(self.terms))
 
 
 def parse(raw: bytes) -> Accepted:
@@ -75,6 +90,7 @@ def parse(raw: bytes) -> Accepted:
     _check_off(terms)
     _check_sum(terms)
     _check_terms(terms)
+    _check_basis(terms)
     return Accepted(terms=terms, raw=raw, digest=hashlib.sha256(raw).digest())
 
 
@@ -130,15 +146,48 @@ def mechanism(terms: Contract, *, shares: int | None = None, rounds: int | None 
 
 
 def event(terms: Contract, *, rounds: int | None = None) -> Mechanism:
-    """What a silo's ledger is charged for ``rounds`` rounds (default: the plan): ``mechanism``, or that there is no noise."""
+    """What a silo's ledger is charged for ``rounds`` rounds (default: the plan): ``exposure``, or that there is no noise."""
     if terms.is_private:
-        return mechanism(terms, rounds=rounds)
+        return exposure(terms, mechanism(terms, rounds=rounds))
     return Unprotected(
         sampling_rate=terms.privacy.sampling_rate,
         lattice_bits=ring_plan(terms).lattice_bits,
         dimension=terms.dimension,
         steps=terms.steps if rounds is None else rounds * terms.training.steps_per_round,
     )
+
+
+def exposure(terms: Contract, event: LatticeGaussian, *, apart: bool = False, silos: int = 1, records: int = 1) -> Noised:
+    """``event`` as a unit is exposed to it that ``max_silos_per_unit`` silos know: the figure of the guarantee is of this.
+
+    Args:
+        apart: whoever it is reads the uploads one by one, as everybody may in local mode, where each holds its noise in full.
+        silos: of a unit in so many silos, where that is more than the contract says.
+        records: of a person with so many units in each of them.
+
+    Formal guarantees: with one silo and one record it is ``event`` itself (``privacy.dp.groups``).
+    """
+    known = max(silos, terms.privacy.max_silos_per_unit)
+    return groups.exposure(event, silos=known, records=records, together=not (apart or terms.is_local))
+
+
+def whole_plan(terms: Contract) -> tuple[Mechanism, ...]:
+    """Everything a contract declares, fixed in advance: the basis rounds where it has some, then the training rounds.
+
+    **Formal guarantees**: a run under the contract is these mechanisms, some left out: ``accounting.certify`` of all bounds it.
+    """
+    return (*before_training(terms), event(terms))
+
+
+def before_training(terms: Contract) -> tuple[Mechanism, ...]:
+    """The basis rounds that a contract pays for, as one mechanism; nothing where there are none."""
+    return () if terms.basis is None else (event(basis_round.terms_of(terms)),)
+
+
+def exposures(terms: Contract, *, standing: int | None = None, rounds: int | None = None) -> dict[str, Noised]:
+    """``adversaries``, each as a unit is exposed to it that ``max_silos_per_unit`` silos know."""
+    seen = adversaries(terms, standing=standing, rounds=rounds)
+    return {name: exposure(terms, each, apart=name == "sum_broken") for name, each in seen.items()}
 
 
 def adversaries(terms: Contract, *, standing: int | None = None, rounds: int | None = None) -> dict[str, LatticeGaussian]:
@@ -159,6 +208,7 @@ def adversaries(terms: Contract, *, standing: int | None = None, rounds: int | N
 def _check_words(terms: Contract) -> None:
     """Every text in the contract is printable: a line break or an escape code could forge what a person compares."""
     words = [terms.model.name, terms.privacy.unit, *terms.task.labels, *terms.adapter.modules]
+    words += [terms.public_basis.data] if terms.public_basis is not None else []
     words += [member.organisation for member in terms.member] + [guardian.organisation for guardian in terms.guardian]
     for word in words:
         if not word.isprintable():
@@ -294,6 +344,8 @@ def _check_terms(terms: Contract) -> None:
         )
     if terms.steps > MOST_STEPS:
         raise _contradiction(f"rounds x steps_per_round = {terms.steps}", f"at most {MOST_STEPS} private steps are accounted for")
+    if terms.privacy.max_silos_per_unit > min(terms.silos, MOST_CONTRIBUTIONS):
+        raise _contradiction(f"max_silos_per_unit = {terms.privacy.max_silos_per_unit}", f"there are {terms.silos} members")
     ceiling = min(1e-5, 1 / (10 * terms.privacy.units * terms.silos))
     if not terms.privacy.delta <= ceiling:  # 0 without privacy
         raise _contradiction(f"delta = {terms.privacy.delta:g}", f"at most 1e-5 and 1/(10 · all units), here {ceiling:g}")
@@ -304,6 +356,38 @@ def _check_terms(terms: Contract) -> None:
     if not all(math.isfinite(x) for x in (terms.training.learning_rate, terms.privacy.noise_multiplier, terms.privacy.epsilon)):
         raise _contradiction("a number is not finite", "learning_rate, noise_multiplier, epsilon")
     ring_plan(terms)
+
+
+def _check_basis(terms: Contract) -> None:
+    """``[basis]`` stands where the basis comes from records, and only there; with noise it is "private", without it "raw".
+
+    ``[public_basis]`` stands where it comes from a public data set, and only there.
+    """
+    kind, basis, public = terms.adapter.basis, terms.basis, terms.public_basis
+    if (kind == "public") != (public is not None):
+        raise _contradiction(f"adapter.basis = {kind} {'without' if public is None else 'with'} [public_basis]", "see ADR 0019")
+    if public is not None and not math.isfinite(public.max_grad_norm):
+        raise _contradiction("a number is not finite", "public_basis.max_grad_norm")
+    if (kind in ("private", "raw")) != (basis is not None):
+        raise _contradiction(f"adapter.basis = {kind} {'without' if basis is None else 'with'} a table [basis]", "see ADR 0020")
+    if basis is None:
+        return
+    if (kind == "private") != terms.is_private:
+        raise _contradiction(
+            f"adapter.basis = {kind}, {'with' if terms.is_private else 'without'} differential privacy",
+            "raw gradients are for contracts whose [privacy] says that it is off, and only there",
+        )
+    if bool(basis.noise_multiplier) != terms.is_private:
+        raise _contradiction(f"basis.noise_multiplier = {basis.noise_multiplier:g}", "it is stated with noise, and only then")
+    if not all(math.isfinite(x) for x in (basis.noise_multiplier, basis.max_grad_norm)):
+        raise _contradiction("a number is not finite", "basis.noise_multiplier, basis.max_grad_norm")
+    layout = basis_round.layout_of(terms)
+    layout.check_rank(terms.adapter.vectors)
+    if layout.dimension == terms.trainables:
+        raise _contradiction(
+            f"vectors of {layout.dimension} numbers in both kinds of rounds", "their length tells them apart: another basis.width"
+        )
+    ring_plan(basis_round.terms_of(terms))
 
 
 def _contradiction(what: str, against: str) -> ConfigError:

@@ -22,6 +22,9 @@ mean; the moments of the shared state stay zero::
 
     θ ← θ + ((S × γ) ÷ |U|)
 
+The sum of a basis round (privacy.basis_round) moves nothing but the frozen factors: the state after it is the initial one, with the
+digest of the factors that follow from the sum, which every later state digest covers.
+
 A silo's own steps follow the first tree, with moments of its own, D = q·units, and t the rounds applied to the shared state.
 
 A state digest covers the little-endian float64 bytes of all arrays, so equal digests are equal models.
@@ -37,6 +40,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy import basis_round
+from privacy.basis_round import BasisTerms
 from privacy.errors import MachineError, RoundError, TrustError
 from privacy.federation import Contract, Training, ring_plan, update_grid
 
@@ -45,7 +50,10 @@ KNOWN_ANSWER = "8d2f279ccd20c058392d005fdb4bf1439add9ffa879e1dce7a43b4a6367dfa6c
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """The model and the optimiser after ``applied`` results (of a silo's own: steps). Arrays have shape (d,)."""
+    """The model and the optimiser after ``applied`` results (of a silo's own: steps). Arrays have shape (d,).
+
+    ``basis``: digest of the factors that a basis round fixed; b"" before it, and where they are public and need no round.
+    """
 
     applied: int
     beta1_power: float
@@ -53,6 +61,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     theta: Floats
     first_moment: Floats
     second_moment: Floats
+    basis: bytes = b""
 
     @property
     def digest(self) -> bytes:
@@ -60,8 +69,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.sha256(self.to_bytes()).digest()
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: magic, u64 applied, u64 d, two powers, then θ, m, v as '<f8'."""
-        head = b"siloquy state 1\0" + struct.pack("<QQdd", self.applied, self.theta.size, self.beta1_power, self.beta2_power)
+        """Canonical bytes: magic, u64 applied, u64 d, two powers, then θ, m, v as '<f8'.
+
+        With a basis of a round the magic is ``siloquy state 2`` NUL, and its 32 bytes follow it.
+        """
+        magic = b"siloquy state 2\0" + self.basis if self.basis else b"siloquy state 1\0"
+        head = magic + struct.pack("<QQdd", self.applied, self.theta.size, self.beta1_power, self.beta2_power)
         return head + b"".join(a.astype("<f8").tobytes() for a in (self.theta, self.first_moment, self.second_moment))
 
     @classmethod
@@ -71,20 +84,23 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             TrustError: another length or magic than a state has.
         """
-        if data[:16] != b"siloquy state 1\0" or len(data) < 48:
+        basis = data[16:48] if data[:16] == b"siloquy state 2\0" else b""
+        data = data[:16] + data[16 + len(basis) :]
+        if data[:16] not in (b"siloquy state 1\0", b"siloquy state 2\0") or len(data) < 48:
             raise TrustError("these bytes are no model state", hint="restore the file from a backup", code="malformed")
         applied, d, beta1_power, beta2_power = struct.unpack("<QQdd", data[16:48])
         if len(data) != 48 + 24 * d:
             raise TrustError(f"the state has {len(data)} bytes, {48 + 24 * d} expected", hint="restore the file", code="malformed")
         theta, first, second = (np.frombuffer(data, "<f8", d, 48 + 8 * d * k).astype(np.float64) for k in range(3))
         return cls(
-            applied=applied, beta1_power=beta1_power, beta2_power=beta2_power, theta=theta, first_moment=first, second_moment=second
-        )
+            applied=applied, beta1_power=beta1_power, beta2_power=beta2_power, theta=theta, first_moment=first,
+            second_moment=second, basis=basis,
+        )  # fmt: skip
 
 
 def initial(terms: Contract) -> State:
     """The public state before round 1: R₀ = 0 on every module, a zero head, fresh moments."""
-    zeros = np.zeros(terms.dimension, dtype=np.float64)
+    zeros = np.zeros(terms.trainables, dtype=np.float64)
     return State(applied=0, beta1_power=1.0, beta2_power=1.0, theta=zeros, first_moment=zeros.copy(), second_moment=zeros.copy())
 
 
@@ -112,6 +128,9 @@ def advance(state: State, total: NDArray[np.int64], terms: Contract, *, silos: i
         MachineError: this machine's floating point is not IEEE 754 (denormals off, or a known answer missed).
         RoundError: the next state would not be finite, or a sum of so many silos is none of this contract; the old one stands.
     """
+    if isinstance(terms, BasisTerms):
+        self_check()
+        return msgspec.structs.replace(initial(terms), basis=basis_round.digest_of(total, terms))
     if terms.training.mode == "joint":
         return step(state, total, terms, applied=state.applied, silos=silos)
     self_check()
@@ -186,6 +205,7 @@ def _sgd(state: State, gradient: Floats, training: Training, rate: float) -> Sta
         theta=state.theta - (rate * first),
         first_moment=first,
         second_moment=state.second_moment,
+        basis=state.basis,
     )
 
 
@@ -202,6 +222,7 @@ def _adam(state: State, gradient: Floats, training: Training, rate: float) -> St
         theta=state.theta - (rate * step),
         first_moment=first,
         second_moment=second,
+        basis=state.basis,
     )
 
 

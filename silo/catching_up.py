@@ -47,7 +47,8 @@ def catch_up(home: Home, transport: Transport, accepted: Accepted) -> int:
         if under is None or outcome is None or (here is not None and here.context == stated.epoch_ctx):
             break
         earlier = tuple(each.terms for each in former.values() if each.terms.version < under.terms.version)
-        seen = Witness(accepted=under, epoch=session.public(transport, under, stated.epoch), silo=_NOBODY)
+        at = under.at(progress.state.basis)
+        seen = Witness(accepted=at, epoch=session.public(transport, under, stated.epoch), silo=_NOBODY)
         home.save_progress(_followed(transport, seen, progress, manifest, outcome, earlier))
         followed += 1
     return followed

@@ -13,17 +13,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from privacy.dp import unprotected
 from privacy.dp.budget import Gate
-from privacy.dp.ledger import Ledger, is_begun
+from privacy.dp.ledger import History, Ledger, is_begun
 from privacy.errors import ConfigError, LedgerBroken
-from privacy.federation import Accepted, Member
+from privacy.federation import Accepted, Contract, Member
 from privacy.identity import keys
-from silo import config, keyring, membership, reading, succession
+from privacy.update_rule import State
+from silo import (
+    agreed_basis,
+    alone_kept,
+    config,
+    fixed_basis,
+    keyring,
+    membership,
+    other_homes,
+    reading,
+    rollback,
+    succession,
+    unit_sets,
+)
 from silo.catching_up import catch_up
 from silo.folder import transporting
 from silo.home import Home
@@ -34,6 +47,10 @@ from silo.session import Superseded
 from silo.settlement import load_progress
 from silo.succession import Fetched
 from silo.transport import Transport
+
+if TYPE_CHECKING:
+    from silo.learning.staged import Staged
+    from silo.learning.training import Contribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +163,23 @@ class Visit:
 
     def _check_local(self, accepted: Accepted) -> None:
         """The last check before the signature: model and records fit, and the plan fits the ledger, which holds it from here on."""
-        membership.check_fit(accepted, config=self.settings, home=self.home)
+        ids = membership.check_fit(accepted, config=self.settings, home=self.home)
+        agreed_basis.require(self.home, accepted.terms)
         opened_rounds = succession.opened_rounds(self.home, self.transport) if self.fetched.before else 0
-        with _gate(self.home, accepted, self.settings, opened_rounds) as gate:
+        with _gate(self.home, accepted, self.settings, opened_rounds, self.transport) as gate:
+            gate.draws_from(_units(self.home, accepted, self.settings, ids))
             gate.declare(run=accepted.terms.name)
 
 
 @contextlib.contextmanager
-def joining(root: Path, fingerprint: str, *, folder: Path | None = None, without_privacy: bool = False) -> Iterator[Visit]:
+def joining(
+    root: Path, fingerprint: str, *, folder: Path | None = None, without_privacy: bool = False, basis: Path | None = None
+) -> Iterator[Visit]:  # fmt: skip
     """Fetch the contract for ``silo join``. ``fingerprint`` is the one given now, or the configured one; so is ``folder``.
 
     Args:
         without_privacy: this silo's word, given now, that the contract may have no differential privacy.
+        basis: the coordinator's file of a public basis; it is kept once it is the one that the contract pins.
 
     Raises:
         ConfigError: no fingerprint anywhere.
@@ -173,13 +195,18 @@ def joining(root: Path, fingerprint: str, *, folder: Path | None = None, without
         )
     with home.locked(), transporting(settings.aggregator, folder) as transport:
         fetched = membership.fetch(transport, expected, home=home)
+        if basis is not None:
+            agreed_basis.take(home, fetched.newest.terms, basis)
         yield Visit(
             home=home,
             transport=transport,
             identity=keyring.under(home, fetched.newest),
             fetched=fetched,
             settings=settings,
-            words=[*membership.terms_in_words(fetched.newest), *succession.in_words(fetched)],
+            words=[
+                *membership.terms_in_words(fetched.newest), *succession.in_words(fetched),
+                *reading.earlier_runs(home, fetched.newest, settings),
+            ],
             plan_epsilon=membership.check_limits(fetched.newest, settings.limits),
         )
 
@@ -274,32 +301,33 @@ def training(root: Path, *, folder: Path | None = None) -> Iterator[Session]:
 @contextlib.contextmanager
 def _at_work(home: Home, settings: config.Config, transport: Transport) -> Iterator[_Work]:
     """This silo under the contract in force, which all members countersigned, with its state brought up to it."""
-    from silo.learning import training as learning
-
     accepted, member, identity = membership.joined(home, now=datetime.now(UTC), transport=transport)
     terms = accepted.terms
     if reading.settled(home, accepted) == 0 and home.progress() is not None:
         keyring.retire(home, accepted)
-    with _gate(home, accepted, settings, reading.settled(home, accepted)) as gate:
+    with _gate(home, accepted, settings, reading.settled(home, accepted), transport) as gate:
         membership.verify_all_countersigned(transport, accepted, home=home, wait_s=terms.sum.deadline_s)
         catch_up(home, transport, accepted)
         gate.declare(run=terms.name)
-        contribution = learning.build(home, settings, terms)
+        state = load_progress(home, accepted).state
+        fixed_basis.ensure(home, transport, terms, state.basis)
+        contribution = _contribution(home, settings, terms, state)
+        gate.draws_from(_units(home, accepted, settings, contribution.unit_ids))
         parts = Parts(
             home=home, transport=transport, identity=identity, accepted=accepted, member=member, gate=gate,
             contribute=contribution, clock=time.time,
         )  # fmt: skip
-        yield _Work(parts=parts, gate=gate, basis=contribution.model.basis_digest)
+        yield _Work(parts=parts, gate=gate, basis=contribution.basis_digest)
 
 
 def dry_run(root: Path) -> dict[str, Any]:
     """One step on this machine whose result is thrown away: seconds, memory, device. Nothing is charged or sent."""
-    from silo.learning import training as learning
-
     home, settings = opened(root)
     accepted, _, _ = membership.joined(home, now=datetime.now(UTC))
+    terms, state = accepted.terms, load_progress(home, accepted).state
     with home.locked():
-        found = learning.build(home, settings, accepted.terms).dry_run(load_progress(home, accepted).state)
+        made = _contribution(home, settings, terms, state)
+        found = made.dry_run(state)
     return {
         "seconds": round(found.seconds, 3),
         "seconds_per_round": round(found.seconds_per_round, 3),
@@ -309,21 +337,40 @@ def dry_run(root: Path) -> dict[str, Any]:
     }
 
 
+def _contribution(home: Home, settings: config.Config, terms: Contract, state: State) -> Contribution | Staged:
+    """What a round asks for a vector: private steps, or sketches before them where a basis round comes first."""
+    from silo.learning import staged, training
+
+    if terms.basis is not None:
+        return staged.Staged(home, settings, terms, state)
+    return training.build(home, settings, terms, bases=agreed_basis.of(home, terms, state))
+
+
 @contextlib.contextmanager
-def _gate(home: Home, accepted: Accepted, settings: config.Config, opened_rounds: int) -> Iterator[Gate]:
+def _gate(
+    home: Home, accepted: Accepted, settings: config.Config, opened_rounds: int, transport: Transport
+) -> Iterator[Gate]:  # fmt: skip
+    """What may be spent, once the ledger is shown to be no older than what this silo promised and signed."""
     signer = keyring.signer(home, accepted)
     ledger = Ledger.open(home.ledger_path, sign=signer.sign, verify=keyring.verifier(home), clock=time.time)
-    try:
-        _check_promises(home, ledger, [accepted.digest, *succession.ancestors(home, accepted)])
+    with contextlib.closing(ledger), other_homes.held(home, settings) as beside:
+        before = succession.ancestors(home, accepted)
+        check_promises(home, ledger, [accepted.digest, *before])
+        alone_kept.require_reserved(home, ledger)
+        rollback.require_newest(home, transport, ledger, [accepted, *reversed(before.values())])
         yield Gate(
             ledger, limits(settings, accepted), plan=plan(ledger, accepted, opened_rounds), contract=accepted.digest.hex(),
             steps_per_attempt=accepted.terms.training.steps_per_round, fewest=reading.fewest(accepted.terms),
+            units=unit_sets.reader(home), beside=beside, before=reading.plan_before(ledger, accepted, home),
         )  # fmt: skip
-    finally:
-        ledger.close()
 
 
-def _check_promises(home: Home, ledger: Ledger, contracts: Sequence[bytes]) -> None:
+def _units(home: Home, accepted: Accepted, settings: config.Config, ids: Sequence[str]) -> str | None:
+    """The digest of the file that says which units may be drawn under this contract, once it is on the disk."""
+    return unit_sets.keep(home, ids, unit=accepted.terms.privacy.unit, lasting=settings.records.lasting_ids)
+
+
+def check_promises(home: Home, ledger: History, contracts: Sequence[bytes]) -> None:
     """Every round this silo promised to take part in was reserved before; a ledger without it was rolled back or replaced."""
     for number in home.promised_rounds():
         if not any(ledger.attempts(contract.hex(), number) for contract in contracts):

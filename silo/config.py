@@ -43,9 +43,15 @@ class Aggregator(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Records(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The records this silo trains on."""
+    """The records this silo trains on.
+
+    ``lasting_ids``: its word that the unit column names one unit by one id in every extract, for ever (silo.unit_sets).
+    ``other_homes``: this silo's other directories on the same records, whose ledgers count here (silo.other_homes).
+    """
 
     path: Annotated[str, msgspec.Meta(min_length=1)]
+    lasting_ids: bool = False
+    other_homes: tuple[str, ...] = ()
 
 
 class Limits(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,7 +110,8 @@ def load(path: Path) -> Config:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: {_in_words(str(error))}", hint=_advice(str(error)), code="config", path=str(path)) from error
     folder = path.parent
-    records = msgspec.structs.replace(config.records, path=str(folder / config.records.path))
+    others = tuple(str(folder / each) for each in config.records.other_homes)
+    records = msgspec.structs.replace(config.records, path=str(folder / config.records.path), other_homes=others)
     model = msgspec.structs.replace(config.model, path=str(folder / config.model.path) if config.model.path else "")
     at = config.aggregator
     aggregator = msgspec.structs.replace(at, folder=str(folder / at.folder)) if at.folder else at
@@ -169,6 +176,8 @@ fingerprint = {fingerprint}
 [records]
 # JSON lines, CSV or Parquet. It never leaves this machine.
 path = {records}
+# lasting_ids = true       # your word: one unit has one id in every extract, for ever. Runs over other units then do not compose
+# other_homes = ["…"]      # directories of this silo in other federations on the same records, each naming this one: all compose
 
 [limits]
 # The most this silo spends on any privacy unit, over all runs. A round beyond it is refused before a record is read.

@@ -9,12 +9,15 @@
     install.key            32 bytes: makes two clones of one machine differ in what they draw
     contract/v<version>/   the contract as signed, and every member's countersignature
     ledger.jsonl           what was spent
+    units/                 0700; which units each run may draw, by keyed hashes (silo.unit_sets)
     promises/              one file per promise: round → manifest, round → consent, version → its one successor; never deleted
     log/                   the transparency log as this silo saw it: last head, receipts, cosignatures, evidence (silo.watch)
     epoch/                 0700; epoch keys and the files of the open round; never in a backup
     restored               after `silo restore`: the epoch up to which none is entered, until a newer one stands
+    alone/                 0700; runs of this silo by itself: contract and state of each, apart from the federation's (silo.alone)
     state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file; in local
                            mode also this silo's own optimiser
+    basis.safetensors      the factors that a basis round fixed, of which the state names the digest (silo.fixed_basis)
 
 Promised: a write happened whole or not at all, a promise is on the disk before the function returns and cannot be made
 twice with different content, and one process at a time works in a home. Not promised: that deleted secrets are gone from the
@@ -45,7 +48,7 @@ from privacy.update_rule import State
 SECRET_BYTES = 32
 _FILES = (
     "silo.toml", "identity.key", "identity.key.old", "identity.key.new", "identity.pub", "selection.key", "install.key",
-    "ledger.jsonl", "state.safetensors", "restored",
+    "ledger.jsonl", "state.safetensors", "basis.safetensors", "restored",
 )  # fmt: skip
 """What lies in the root itself."""
 
@@ -88,7 +91,9 @@ class Home:
         self.new_identity_path = root / "identity.key.new"
         self.former_folder = root / "former"
         self.ledger_path = root / "ledger.jsonl"
+        self.units_folder = root / "units"
         self.state_path = root / "state.safetensors"
+        self.basis_path = root / "basis.safetensors"
         self.epoch_folder = root / "epoch"
         self.log_folder = root / "log"
         self.restored_path = root / "restored"
@@ -121,7 +126,7 @@ class Home:
         with files.locked(self.root / ".lock"):
             # In the root by name: an export, or anything else that takes no lock, may be writing there.
             alone = [self.root / name for name in _FILES]
-            within = (self.log_folder, self.former_folder, self.root / "promises")
+            within = (self.log_folder, self.former_folder, self.units_folder, self.root / "promises")
             for path in (*alone, *within, *self.root.glob("contract/*"), *self.epoch_folder.glob("*")):
                 files.sweep(path)
             yield
@@ -315,6 +320,7 @@ def _to_bytes(progress: Progress) -> bytes:
     for prefix, state in states.items():
         facts[prefix + "applied"] = state.applied
         facts.update({prefix + name: getattr(state, name).hex() for name in _POWERS})
+        facts.update({prefix + "basis": state.basis.hex()} if state.basis else {})
         arrays.update({prefix + name: np.ascontiguousarray(getattr(state, name), dtype="<f8") for name in _ARRAYS})
     facts["digest"] = _digest(facts, *states.values())
     saved: bytes = safetensors.numpy.save(arrays, metadata={"siloquy": json.dumps(facts)})
@@ -342,7 +348,8 @@ def _from_bytes(data: bytes) -> Progress:
 
 def _state_in(facts: dict[str, Any], arrays: dict[str, Any], prefix: str) -> State:
     powers: dict[str, Any] = {name: float.fromhex(facts[prefix + name]) for name in _POWERS}
-    return State(applied=facts[prefix + "applied"], **powers, **{name: arrays[prefix + name] for name in _ARRAYS})
+    basis = bytes.fromhex(facts.get(prefix + "basis", ""))
+    return State(applied=facts[prefix + "applied"], basis=basis, **powers, **{name: arrays[prefix + name] for name in _ARRAYS})
 
 
 def _digest(facts: dict[str, object], *states: State) -> str:

@@ -140,6 +140,11 @@ def verifier(home: Home) -> Callable[[bytes, bytes], None]:
     return ordered(own)
 
 
+def former_keys(home: Home) -> list[bytes]:
+    """The Ed25519 keys that this silo had before its newest, oldest first."""
+    return [keys.read_public(raw).sign_key for raw in _formers(home)]
+
+
 def ordered(own: Sequence[bytes]) -> Callable[[bytes, bytes], None]:
     """A verifier that takes signatures of these Ed25519 keys in this order; see ``verifier``."""
     place = 0

@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from privacy import base_model, chain
-from privacy.dp import accounting, budget
+from privacy import base_model, basis_round, chain
+from privacy.dp import budget, unprotected
 from privacy.envelope import open_contract
 from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
-from privacy.federation import Accepted, Contract, Member, mechanism
+from privacy.federation import Accepted, Contract, Member, whole_plan
 from privacy.identity import keys
 from privacy.messages import AGGREGATOR
 from silo import keyring, succession
@@ -59,8 +59,9 @@ def terms_in_words(accepted: Accepted) -> list[str]:
         f"contract digest {_grouped(accepted.digest.hex())}",
         f"task: {terms.task.kind} into {len(terms.task.labels)} labels: {_some(terms.task.labels)}",
         f"base model: {terms.model.name}, digest {terms.model.digest[:16]}…",
-        f"trained: {terms.dimension} numbers, rank {terms.adapter.rank}",
+        f"trained: {terms.dimension} numbers, rank {terms.adapter.rank}{_heads(terms)}",
         f"privacy unit: {_unit(terms)}; {_hidden(terms)}",
+        *_basis_in_words(terms),
         *_rounds_in_words(terms),
         f"what leaves this silo: one masked vector of {4 * terms.dimension} bytes a round, and signed protocol messages",
         "what never leaves: records, labels, counts, losses, and any unmasked vector",
@@ -69,6 +70,10 @@ def terms_in_words(accepted: Accepted) -> list[str]:
         *(f"silo {m.id}, {m.name} ({m.organisation}): {keys.fingerprint(keys.stated(m))}" for m in terms.member),
         *(f"guardian {g.id}, {g.name} ({g.organisation}): {keys.fingerprint(keys.stated(g))}" for g in terms.guardian),
     ]
+
+
+def _heads(terms: Contract) -> str:
+    return f" in {terms.adapter.heads} heads" if terms.adapter.heads > 1 else ""
 
 
 def check_expiry(accepted: Accepted, now: datetime.datetime) -> None:
@@ -107,7 +112,7 @@ def check_limits(accepted: Accepted, limits: Limits) -> float:
             hint="do not join, or raise [limits] delta after your data protection officer agrees",
             limit=limits.delta,
         )
-    spent = accounting.certify([mechanism(terms)], terms.privacy.delta).epsilon
+    spent = unprotected.certify(whole_plan(terms), terms.privacy.delta).epsilon
     if spent > terms.privacy.epsilon:
         raise BudgetExhausted(
             f"the contract promises epsilon {terms.privacy.epsilon:g}, its {terms.training.rounds} rounds cost {spent:.4g}",
@@ -125,8 +130,8 @@ def check_limits(accepted: Accepted, limits: Limits) -> float:
     return spent
 
 
-def check_fit(accepted: Accepted, *, config: Config, home: Home) -> None:
-    """Return if the base model here is the contract's, and the records here can be used under it.
+def check_fit(accepted: Accepted, *, config: Config, home: Home) -> tuple[str, ...]:
+    """The ids of the units here, if the base model is the contract's and the records can be used under it.
 
     What is found in the records stays here: to the others, a silo that does not fit is a silo that does not join.
 
@@ -134,10 +139,15 @@ def check_fit(accepted: Accepted, *, config: Config, home: Home) -> None:
         ConfigError: another model, or none.
         RecordsError: a record cannot be used, a label is not the contract's, or there are too few units.
     """
-    terms = accepted.terms
-    base_folder(terms, config.model.path)
+    base_folder(accepted.terms, config.model.path)
+    return unit_ids(accepted.terms, config=config, home=home)
+
+
+def unit_ids(terms: Contract, *, config: Config, home: Home) -> tuple[str, ...]:
+    """The ids of the units here, which can be used under the contract. Raises RecordsError as ``check_fit``."""
     units = records.load(Path(config.records.path), terms.task, terms.privacy, selection_key=home.selection_key)
     records.check_enough(units, terms.privacy)
+    return tuple(unit.id for unit in units)
 
 
 def base_folder(terms: Contract, local: str = "") -> Path:
@@ -271,7 +281,8 @@ def _check_fingerprint(accepted: Accepted, fingerprint: str) -> None:
 def _unit(terms: Contract) -> str:
     plan = terms.privacy
     records = "" if plan.unit == "record" else f", at most {plan.max_records_per_unit} records each"
-    return ("one record" if plan.unit == "record" else f"one value of {plan.unit}") + records
+    known = "" if plan.max_silos_per_unit == 1 else f", in up to {plan.max_silos_per_unit} silos"
+    return ("one record" if plan.unit == "record" else f"one value of {plan.unit}") + records + known
 
 
 def _loud(terms: Contract) -> list[str]:
@@ -295,6 +306,24 @@ def _hidden(terms: Contract) -> str:
 
 def _blocks(terms: Contract) -> str:
     return ", ".join("{" + ", ".join(map(str, block)) + "}" for block in terms.sum.blocks)
+
+
+def _basis_in_words(terms: Contract) -> list[str]:
+    """What the rounds before the training rounds release, where the basis is made from records; and where a public one is from."""
+    basis, public = terms.basis, terms.public_basis
+    if public is not None:
+        return [
+            f"basis: public, made by the coordinator from the data set {public.data}, digest {public.data_digest[:16]}…; it costs "
+            f"nothing; its factors have the digest {public.digest[:16]}… and `silo basis --check` makes them again"
+        ]
+    if basis is None:
+        return []
+    numbers = basis_round.terms_of(terms).dimension
+    first = f"first a basis round, at most {basis.attempts} times: every unit enters, clipped at norm {basis.max_grad_norm:g}"
+    sent = f"a sketch of the gradients in {numbers} numbers, whose sum over the silos fixes what the adapter can learn"
+    if not terms.is_private:
+        return [f"{first}, NO NOISE; {sent}", "RAW BASIS: everybody sees that exact sum, and records can be reconstructed from it"]
+    return [f"{first}, noise multiplier {basis.noise_multiplier:g}; {sent}; it is part of the epsilon above"]
 
 
 def _rounds_in_words(terms: Contract) -> list[str]:
@@ -322,7 +351,11 @@ def _rounds_in_words(terms: Contract) -> list[str]:
 def _sum_in_words(terms: Contract) -> list[str]:
     """Who must agree before a sum is opened, whose absence a sum survives, and who sums again before it is applied."""
     if not terms.shared:
-        return ["a sum is opened only when every silo has signed for exactly that sum", _again_in_words(terms)]
+        two = "ONLY TWO SILOS: each takes its own vector off the sum and sees the other's; only that one's noise hides its records"
+        return [
+            *([two] if terms.sum.two_silos_see_each_other else []),
+            "a sum is opened only when every silo has signed for exactly that sum", _again_in_words(terms),
+        ]  # fmt: skip
     every, corrupt = len(terms.guardian), terms.sum.corrupt_guardians
     return [
         f"a sum may be without {terms.sum.dropouts} of the {terms.silos} silos; of fewer than {terms.fewest} none is ever opened",

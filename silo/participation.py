@@ -32,7 +32,7 @@ def participate(parts: Parts, *, basis: bytes, rounds: int | None, wait_s: float
     """The outcome of each round this silo takes part in or follows, ``rounds`` of them, or until the caller stops.
 
     Args:
-        basis: digest of the (A, B) this silo computed itself.
+        basis: digest of the (A, B) this silo computed itself, or what is compared before a round fixes them (privacy.basis_round).
         wait_s: how long to wait for an epoch, for each thing in its set-up, and for each round to be opened.
 
     Raises:
@@ -130,7 +130,8 @@ class _Taking:
     def _establish(self, number: int) -> None:
         """Set the epoch up, unless the aggregator gave it up meanwhile and called a newer one, or made it without this silo."""
         parts = self._parts
-        settled = load_progress(parts.home, parts.accepted).round
+        progress = load_progress(parts.home, parts.accepted)
+        settled = progress.round
         try:
             self._enter(
                 session.establish(
@@ -140,7 +141,7 @@ class _Taking:
                     parts.accepted,
                     member=parts.member,
                     number=number,
-                    basis=self._basis,
+                    basis=progress.state.basis or self._basis,  # fixed by a round since this process began
                     settled=settled,
                     wait_s=self._wait_s,
                 )

@@ -24,7 +24,7 @@ Contribute = Callable[[State], Integers]
 class Gate(Protocol):
     """What a round needs of privacy.dp.budget.Gate."""
 
-    def admit(self, round: int, attempt: bytes) -> int:
+    def admit(self, round: int, attempt: bytes, *, basis: bool = False) -> int:
         """Reserve the attempt's cost in the ledger, on disk, and give its counter; or refuse before any record is read."""
         ...
 

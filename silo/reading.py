@@ -16,15 +16,16 @@ from typing import Any
 import msgspec
 
 from privacy import files
-from privacy.dp import unprotected
+from privacy.dp import overlap, unprotected
 from privacy.dp.accounting import Certificate
 from privacy.dp.budget import Account, Limits
 from privacy.dp.ledger import History
 from privacy.dp.mechanism import Mechanism
+from privacy.dp.together import Together
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, event
 from privacy.identity import keys
-from silo import config, keyring, succession
+from silo import agreed_basis, budgeting, config, keyring, other_homes, succession, unit_sets
 from silo.home import Home
 from silo.learning.card import Origin
 from silo.settlement import load_progress
@@ -53,7 +54,7 @@ def status(root: Path) -> dict[str, Any]:
         "expires": accepted.terms.expires,
         "round": progress.round,
         "mode": accepted.terms.training.mode,
-        "rounds_planned": accepted.terms.training.rounds,
+        "rounds_planned": accepted.terms.planned_rounds,
         "steps_per_round": accepted.terms.training.steps_per_round,
         "epsilon": unprotected.figure(spent.epsilon),
         "epsilon_pld": unprotected.figure(spent.epsilon_pld),
@@ -69,8 +70,8 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
     home, settings = opened(root)
     accepted, _, _ = succession.at_work(home)
     account, planned = _account(home, accepted, settings)
-    spent = account.spent()
-    ahead = sorted({round(forecast * part / 4) for part in range(1, 5)} - {0})
+    spent, own = account.spent(), History.read(home.ledger_path, verify=keyring.verifier(home))
+    history = Together(own, other_homes.histories(home, settings))
     return {
         "epsilon": unprotected.figure(spent.epsilon),
         "epsilon_pld": unprotected.figure(spent.epsilon_pld),
@@ -84,8 +85,15 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
         "steps_left": account.steps_left,
         "steps_per_round": accepted.terms.training.steps_per_round,
         "rounds_left": account.attempts_left,
-        "forecast": [{"rounds": more, "epsilon": unprotected.figure(epsilon)} for more, epsilon in account.forecast(ahead)],
+        "several": budgeting.several(account, accepted.terms),
+        **budgeting.runs(account, history),
+        **budgeting.forecast(account, forecast, settings.limits.epsilon),
     }
+
+
+def earlier_runs(home: Home, accepted: Accepted, settings: config.Config) -> list[str]:
+    """What this silo's ledger holds already on the units of a contract, in words; see ``silo.budgeting.in_words``."""
+    return budgeting.in_words(_account(home, accepted, settings)[0])
 
 
 def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
@@ -96,7 +104,8 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
     accepted, _, _ = succession.at_work(home)
     progress = load_progress(home, accepted)
     compute = settings.compute if threads is None else msgspec.structs.replace(settings.compute, threads=threads)
-    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute)
+    bases = agreed_basis.of(home, accepted.terms, progress.state)
+    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute, bases=bases)
     facts: dict[str, Any] = {
         "accuracy_before": evaluation.evaluate(bench, None, records),
         "accuracy_after": evaluation.evaluate(bench, progress.state, records),
@@ -127,13 +136,14 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
     accepted, member, _ = succession.at_work(home)
     _check_target(folder, base)
     progress = load_progress(home, accepted)
-    spent = _account(home, accepted, settings)[0].spent()
+    spent = _account(home, accepted, settings, apart=False)[0].spent()
     origin = Origin(
         accepted=accepted, silo=member.name, round=progress.round, state=progress.state, spent=spent,
         base=base or accepted.terms.model.name,
     )  # fmt: skip
     exact = msgspec.structs.replace(settings.compute, device="cpu", precision="float32")
-    contents = adapter(evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact), origin)
+    bases = agreed_basis.of(home, accepted.terms, progress.state)
+    contents = adapter(evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact, bases=bases), origin)
     files.sweep(folder.resolve())
     files.write_folder(folder.resolve(), contents)
     return {
@@ -186,8 +196,19 @@ def plan(history: History, accepted: Accepted, opened: int) -> Mechanism:
         opened: how many rounds were opened under earlier versions; rounds are numbered on over all of them.
     """
     known, per_round = history.plan(accepted.digest.hex()), accepted.terms.training.steps_per_round
-    left = max(1, accepted.terms.training.rounds - opened)
+    before = 0 if accepted.terms.basis is None else accepted.terms.basis.attempts  # so many of them were basis rounds, at most
+    left = max(1, accepted.terms.training.rounds - max(0, opened - before))
     return event(accepted.terms, rounds=left if known is None else known.mechanism.steps // per_round)
+
+
+def plan_before(history: History, accepted: Accepted, home: Home) -> Mechanism | None:
+    """The basis rounds of a contract's plan, as declared under it; none where earlier versions fixed a basis, or it needs none."""
+    known, progress = history.plan(accepted.digest.hex()), home.progress()
+    if known is not None:
+        return known.before
+    if accepted.terms.basis is None or (progress is not None and progress.state.basis):
+        return None
+    return event(accepted.at(b"").terms)
 
 
 def settled(home: Home, accepted: Accepted) -> int:
@@ -196,13 +217,18 @@ def settled(home: Home, accepted: Accepted) -> int:
     return 0 if progress is None or progress.contract == accepted.digest else progress.round
 
 
-def _account(home: Home, accepted: Accepted, settings: config.Config) -> tuple[Account, int]:
-    """What is spent, and how many steps the contract's plan has."""
+def _account(home: Home, accepted: Accepted, settings: config.Config, *, apart: bool = True) -> tuple[Account, int]:
+    """What is spent, and how many steps the contract's plan has.
+
+    ``apart``: runs shown to share no unit do not compose. Such a figure depends on the records: never for what leaves the silo.
+    """
     history = History.read(home.ledger_path, verify=keyring.verifier(home))
     planned = plan(history, accepted, settled(home, accepted))
     account = Account(
         history, limits(settings, accepted), plan=planned, contract=accepted.digest.hex(),
         steps_per_attempt=accepted.terms.training.steps_per_round, fewest=fewest(accepted.terms),
+        before=plan_before(history, accepted, home), units=unit_sets.reader(home) if apart else overlap.nothing_shown,
+        beside=other_homes.histories(home, settings),
     )  # fmt: skip
     return account, planned.steps
 

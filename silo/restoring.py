@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from privacy import envelope, files
+from privacy import basis_round, envelope, files
 from privacy.dp.entries import Commit, Reserve, Void
 from privacy.dp.ledger import History, Ledger
 from privacy.errors import LedgerBroken, RoundError, TrustError
@@ -289,12 +289,17 @@ class _Board:
         if any(each >= number for each in logged):
             raise _hidden(max(logged))
         unseen = max(self._known(), default=0)
-        # Opened, as this home knows, but not shown: charged all the same.
-        return found + [_Opened(number=each, contract=self.accepted) for each in range(number, unseen + 1)]
+        # Opened, as this home knows, but not shown: charged all the same; as both kinds where the factors may not be fixed yet.
+        hidden = range(number, unseen + 1)
+        if self.accepted.terms.basis is None or any(not basis_round.is_one(each.contract.terms) for each in found):
+            return found + [_Opened(number=each, contract=self.accepted) for each in hidden]
+        kinds = (self.accepted.at(b""), self.accepted)
+        return found + [_Opened(number=each, contract=kind) for each in hidden for kind in kinds if each > 1 or kind is kinds[0]]
 
     def _opened(self, number: int, document: bytes, contract: Accepted, epoch: Epoch, logged: bytes | None) -> _Opened:
         witness = Witness(accepted=contract, epoch=epoch, silo=self.silo)
-        ctx = guardian_sum.round_ctx(witness.open(document, "manifest"))
+        body = witness.open(document, "manifest")
+        ctx, contract = guardian_sum.round_ctx(body), contract.in_round(decode(body, Manifest).dimension)
         upload, ended = self.transport.get("upload", number, self.silo, wait_s=0), self._get("outcome", number)
         if logged is not None and (upload is None or hashlib.sha256(upload).digest() != logged):
             raise _hidden(number)

@@ -24,6 +24,7 @@ Not promised: that a round completes (one silent silo closes it), or that its ti
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Literal
 
 import msgspec
 
-from privacy import envelope, files
+from privacy import basis_round, envelope, files
 from privacy.errors import Equivocation, Replay, RoundError, TrustError
 from privacy.identity import keys
 from privacy.messages import (
@@ -40,6 +41,7 @@ from privacy.messages import (
     Certificate,
     Consent,
     Manifest,
+    Outcome,
     Signed,
     Wire,
     decode,
@@ -48,6 +50,7 @@ from privacy.messages import (
 from privacy.secure_sum import guardian_sum
 from privacy.secure_sum.audits import Claimed
 from privacy.update_rule import State
+from silo import fixed_basis
 from silo.auditing import Auditor, chosen, coin, complained, kept
 from silo.catching_up import agreed_set
 from silo.home import Progress
@@ -96,6 +99,8 @@ class Rounds:
         progress = load_progress(self._parts.home, self._parts.accepted)
         self._finish(progress)
         refuse_to_go_on(progress, self._terms)
+        accepted = self._parts.accepted.at(progress.state.basis)  # a basis round has its own vectors and noise
+        self._terms, self._witness = accepted.terms, dataclasses.replace(self._witness, accepted=accepted)
         number = progress.round + 1
         if not self._watch.follow(number, wait_s=wait_s):  # log: the head on which the round will be opened
             return None
@@ -146,7 +151,8 @@ class Rounds:
         seal_key = bytes.fromhex(self._terms.aggregator.seal_key)
         keys.load_seal_key(seal_key)
         attempt = parts.os_random(ID_BYTES)
-        counter = parts.gate.admit(manifest.round, attempt)
+        basis = basis_round.is_one(self._terms)
+        counter = parts.gate.admit(manifest.round, attempt, basis=True) if basis else parts.gate.admit(manifest.round, attempt)
         parts.home.promise_manifest(manifest.round, round_ctx)
         x, own = self._computed(progress)
         upload = masked(
@@ -195,7 +201,7 @@ class Rounds:
         certified = guardian_sum.check_certificate(
             decode(self._witness.open(certificate, "certificate"), Certificate),
             frozen,
-            accepted=parts.accepted,
+            accepted=self._witness.accepted,
             epoch_ctx=self._epoch.context,
         )
         self._post("release", manifest.round, self._release(certified, own))
@@ -266,6 +272,8 @@ class Rounds:
             own=State.from_bytes(own.own) if moved and own is not None else before.own,
         )
         expect(self._parts.home, "outcome", number, AGGREGATOR, document, due=number + 1)
+        if judged.state.basis and not before.state.basis:
+            fixed_basis.keep(self._parts.home, decode(self._witness.open(document, "outcome"), Outcome), self._terms)
         self._parts.home.save_progress(after)
         self._finish(after)
         return Settled(

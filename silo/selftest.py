@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy import update_rule
+from privacy import basis_round, update_rule
 from privacy.dp import ring
 from privacy.errors import SiloquyError
 from privacy.federation import Contract, ring_plan
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo import membership, reading, selftest_noise, succession
+from silo import agreed_basis, membership, reading, selftest_noise, succession
 from silo.config import Compute
 from silo.home import Home
 from silo.learning import classifier, training
@@ -43,6 +43,7 @@ from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution
 from silo.parts import Parts
 from silo.selftest_noise import Answer, need
+from silo.settlement import load_progress
 from silo.upload import noisy
 
 AMPLIFIED = 2.0**24
@@ -279,10 +280,15 @@ def chosen(root: Path) -> Subject:
         made = tiny.model()
         return Subject(name="built-in contract and tiny model", terms=made[0], model=made[1], rows_tokens=Compute().rows_tokens)
     settings = reading.opened(root)[1]
-    terms = succession.at_work(home)[0].terms
+    accepted = succession.at_work(home)[0]
+    terms = accepted.terms
     device, precision = training.resolve(settings.compute)
     folder = membership.base_folder(terms, settings.model.path)
-    model = classifier.build(folder, terms, precision=precision, device=device)
+    state = load_progress(home, accepted).state
+    if accepted.at(state.basis) is not accepted:  # before the basis round there are no factors of it: gradients are asked at others
+        terms = basis_round.without(terms)
+    bases = agreed_basis.of(home, terms, state)
+    model = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
     name = f"federation {terms.name}, {terms.model.name} on {device} in {model.precision}"
     name += "" if terms.is_private else "; it adds NO noise, so nothing about noise is asked"
     return Subject(name=name, terms=terms, model=model, rows_tokens=settings.compute.rows_tokens)

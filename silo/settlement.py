@@ -69,7 +69,7 @@ def refuse_to_go_on(progress: Progress, terms: Contract) -> None:
         RoundError: as many rounds in a row moved nothing, void or rejected, as the contract allows.
     """
     start = update_rule.initial(terms).theta
-    matrices = len(terms.adapter.modules) * terms.adapter.rank**2 or terms.dimension
+    matrices = len(terms.adapter.modules) * terms.adapter.core or terms.dimension
     # R has no gradient while the head is zero. Noise moves it at once; without noise the head must have moved in a round before.
     unmoved = 0 if terms.is_private else 1
     if progress.state.applied > unmoved and np.array_equal(progress.state.theta[:matrices], start[:matrices]):

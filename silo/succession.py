@@ -181,6 +181,16 @@ def at_work(home: Home, transport: Transport | None = None) -> tuple[Accepted, M
     return chosen, keyring.member_of(chosen, identity), identity
 
 
+def if_joined(home: Home) -> Accepted | None:
+    """The version of ``at_work`` without a transport; None where this silo has joined no federation. Raises as ``at_work``."""
+    try:
+        return at_work(home)[0]
+    except ConfigError as error:
+        if error.code != "not-joined":
+            raise
+        return None
+
+
 def _joined(home: Home) -> list[Accepted]:
     """The kept versions in effect that this silo countersigned, ascending, each countersignature verified again."""
     kept, found = [envelope.open_contract(raw) for _, raw in home.contracts()], []

@@ -68,7 +68,7 @@ class Witness:
         Raises:
             TrustError: it does not; the code names the field.
         """
-        body, terms = self.open(document, "manifest"), self.accepted.terms
+        body, terms = self.open(document, "manifest"), self.accepted.terms  # of this round: Accepted.at
         manifest, plan = decode(body, Manifest), ring_plan(terms)
         expected: dict[str, object] = {
             "epoch_ctx": self.epoch.context,

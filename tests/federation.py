@@ -62,6 +62,15 @@ def vector(silo: int, number: int, dimension: int, seed: int = 0) -> np.ndarray:
     return random.integers(-100_000, 100_000, dimension)
 
 
+class NoBoard:
+    """A silo's transport that shows nothing."""
+
+    def get(self, *_, **__):
+        return None
+
+    fetch = get
+
+
 class Stopped(Exception):
     """The test's sudden end of a coordinator."""
 

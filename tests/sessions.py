@@ -163,7 +163,7 @@ def children_server() -> str:
     return path
 
 
-def finish(*words: object, timeout_s: float = 120.0, cwd: Path | None = None, warm_children: bool = False) -> Session:
+def finish(*words: object, timeout_s: float = 300.0, cwd: Path | None = None, warm_children: bool = False) -> Session:
     """A real process, run to its end. With ``warm_children`` those that it starts are forked, see tests/warm.py."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

@@ -42,6 +42,7 @@ def contract_bytes(
     """TOML of a valid contract. ``privacy={"sampling_rate": 0.5}`` changes single values; ``None`` drops a key."""
     keys = sign_keys or [public(i) for i in range(1, silos + 1)]
     tables = {name: {**values, **changes.pop(name, {})} for name, values in TEMPLATE.items()}
+    tables |= {name: changes.pop(name) for name in ("basis", "public_basis") if name in changes}
     top = {"format": "siloquy/1", "version": 1, "name": "test-federation", "previous": "", "expires": "2099-12-31", **changes}
     lines = [f"{key} = {_toml(value)}" for key, value in top.items() if value is not None]
     for name, values in tables.items():

@@ -181,6 +181,8 @@ def test_no_central_limit_accountant_is_ever_asked():
             used |= {name for name in names if name.split(".")[0] in ("dp_accounting", "opacus", "prv_accountant")}
     assert used == {
         "dp_accounting.pld.privacy_loss_distribution", "dp_accounting.pld.privacy_loss_distribution.PrivacyLossDistribution",
+        "dp_accounting.pld.privacy_loss_mechanism", "dp_accounting.pld.privacy_loss_mechanism.AdjacencyType",
+        "dp_accounting.pld.privacy_loss_mechanism.MixtureGaussianPrivacyLoss",
         "dp_accounting.rdp.rdp_privacy_accountant._compute_rdp_poisson_subsampled_gaussian",
     }  # fmt: skip
 

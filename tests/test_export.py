@@ -36,7 +36,7 @@ from silo.learning import evaluation, export, gradients
 from silo.learning.card import Origin, snippet
 from silo.settlement import load_progress
 from tests import sessions, tiny_models
-from tests.federation import HUB, signed_by_hub
+from tests.federation import HUB, NoBoard, signed_by_hub
 from tests.sessions import Terminal
 from tests.terms import contract_bytes, public
 from tests.test_architectures import ALL_LINEAR, saved
@@ -80,7 +80,7 @@ class Made:
             return torch.cat([self.bench.model(batch) for batch in batches])
 
 
-def made(root: Path, model: Path, modules: list[str], *, pooling="mean", pair=False, name="", scale=0.3) -> Made:
+def made(root: Path, model: Path, modules: list[str], *, pooling="mean", pair=False, name="", scale=0.3, heads=1) -> Made:
     described = base_model.describe(model)
     accepted = federation.parse(
         contract_bytes(
@@ -89,7 +89,7 @@ def made(root: Path, model: Path, modules: list[str], *, pooling="mean", pair=Fa
                 "name": name or str(model), "digest": base_model.digest(model), "hidden_size": described.hidden_size,
                 "pooling": pooling,
             },
-            adapter={"rank": 3, "modules": modules, "scale": 1.7, "head_scale": 0.6},
+            adapter={"rank": 3, "modules": modules, "scale": 1.7, "head_scale": 0.6, **({"heads": heads} if heads > 1 else {})},
             privacy={"lattice_bits": 14},
         )
     )  # fmt: skip
@@ -349,7 +349,7 @@ def home_of(root: Path, model: Path, *, expires: str = "2099-12-31") -> Home:
     agreed = encode(Countersignature(contract=accepted.digest, member=1))
     signature = envelope.sign(identity, type="countersignature", context=accepted.digest, sender=1, body=agreed)
     home.keep_countersignature(1, 1, signature)
-    with commands._gate(home, accepted, settings, 0) as gate:
+    with commands._gate(home, accepted, settings, 0, NoBoard()) as gate:
         gate.declare()
         for number in (1, 2, 3):
             gate.admit(number, bytes([number]) * 32)

@@ -47,7 +47,7 @@ def test_torch_lives_in_the_silo_and_in_one_file_of_privacy() -> None:
 
 
 def test_web_sql_and_terminal_libraries_stay_in_their_rooms() -> None:
-    where = {"starlette": {"aggregator"}, "uvicorn": {"aggregator"}, "jinja2": {"aggregator"}, "typer": {"cli"}, "rich": {"cli"}}
+    where = {"starlette": {"aggregator"}, "uvicorn": {"aggregator"}, "typst": {"privacy"}, "typer": {"cli"}, "rich": {"cli"}}
     for path, tree in trees():
         for name in {name.split(".")[0] for name in imported(tree)}:
             assert path.parts[0] in where.get(name, set(ROOMS)), f"{path} imports {name}"

@@ -20,7 +20,7 @@ from silo import commands, keyring, membership
 from silo.config import Limits
 from silo.home import Home
 from silo.settlement import verified_total
-from tests.federation import Federation
+from tests.federation import Federation, NoBoard
 from tests.terms import contract_bytes
 
 
@@ -137,7 +137,7 @@ def silo(tmp_path):
 
 
 def spend(root, contract: Accepted, *, round_number: int, promise: bool = True) -> None:
-    with commands._gate(Home(root), contract, commands.config.load(Home(root).config_path), 0) as gate:
+    with commands._gate(Home(root), contract, commands.config.load(Home(root).config_path), 0, NoBoard()) as gate:
         gate.declare()
         gate.admit(round_number, os.urandom(16))
     if promise:

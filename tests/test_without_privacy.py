@@ -541,7 +541,7 @@ def test_a_silo_shows_none_and_never_an_infinity(finished) -> None:
         assert shown.exit_code == 0
         assert words in shown.output
         assert "inf" not in shown.output.replace("fingerprint", "")
-    assert reading.budget(home.root, 4)["forecast"][-1] == {"rounds": 4, "epsilon": None}
+    assert reading.budget(home.root, 4)["forecast"][-1] == {"rounds": 4, "epsilon": None, "refused": None}
     with pytest.raises(PrivacyRefusal, match="NO DIFFERENTIAL PRIVACY"):
         membership.check_limits(finished.accepted, config.load(home.config_path).limits)
 

@@ -203,11 +203,12 @@ class Clock:
         self.skipped += seconds
 
 
-def contribution(silo: int):
-    """A silo's noiseless sum: integers that depend on silo and state."""
+def contribution(silo: int, terms=None):
+    """A silo's noiseless sum: integers that depend on silo and state; ``terms`` where basis rounds come first."""
 
     def contribute(state):
-        return np.random.default_rng([silo, state.applied]).integers(-1000, 1000, state.theta.size)
+        size = state.theta.size if terms is None or state.basis else federation.basis_round.terms_of(terms).dimension
+        return np.random.default_rng([silo, state.applied]).integers(-1000, 1000, size)
 
     return contribute
 
@@ -223,12 +224,14 @@ class Silo:
         self.gate = Gate(
             self.ledger, limits, plan=federation.event(accepted.terms), contract=accepted.digest.hex(),
             steps_per_attempt=accepted.terms.training.steps_per_round, fewest=accepted.terms.fewest,
+            before=None if accepted.terms.basis is None else federation.event(accepted.at(b"").terms),
         )  # fmt: skip
         self.gate.declare()
         self.parts = Parts(
             home=self.home, transport=line, identity=self.identity.under(accepted.terms.signatures), accepted=accepted,
             member=accepted.terms.by_id(silo),
-            gate=self.gate, contribute=contribute or contribution(silo), clock=clock,
+            gate=self.gate, clock=clock,
+            contribute=contribute or contribution(silo, accepted.terms if accepted.terms.basis else None),
             **({"randomness": self.seeded_noise} if seeded else {}),
         )  # fmt: skip
 

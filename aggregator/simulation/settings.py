@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aggregator import commands, defaults
+from aggregator import basis_draft, commands, defaults
 from aggregator.draft import Terms
 from aggregator.simulation.dealing import Dealt
 from aggregator.simulation.drops import check_drops
@@ -28,7 +28,8 @@ class Settings:
 
     ``data`` None takes the built-in pairs, ``held_out`` None a fifth of the units of ``data``. ``delta`` None takes 1/(10·units)
     rounded down, at most 1e-5. ``max_records_per_unit`` None keeps one record of a unit that is a record, eight of one that a
-    column names. ``without_privacy``: no noise; ``epsilon`` and ``delta`` are then not looked at.
+    column names. ``without_privacy``: no noise; ``epsilon`` and ``delta`` are then not looked at. ``public_data``: the records of a
+    public basis.
     """
 
     home: Path
@@ -51,6 +52,8 @@ class Settings:
     max_grad_norm: float = defaults.MAX_GRAD_NORM
     max_length: int = 48
     basis: str = defaults.BASIS
+    public_data: Path | None = None
+    heads: int = 1
     targets: tuple[str, ...] = (defaults.TARGETS,)
     last_layers: int | None = defaults.LAST_LAYERS
     protocol: str = "consent"
@@ -77,6 +80,11 @@ def check(settings: Settings) -> None:
             hint="leave --steps-per-round out, or use --mode local",
             code="mode",
         )
+    if (settings.basis == "public") != (settings.public_data is not None):
+        raise ConfigError(
+            f"--basis {settings.basis} {'without' if settings.public_data is None else 'with'} --public-data",
+            hint="a public basis is made of a data set, and only that one is", code="basis",
+        )  # fmt: skip
     check_drops(settings.drops, rounds=settings.rounds, names=silo_names(settings.silos), dropouts=settings.dropouts)
     if settings.home.exists() and any(settings.home.iterdir()):
         raise ConfigError(
@@ -90,6 +98,11 @@ def check(settings: Settings) -> None:
             hint="name the column of the privacy unit with --unit",
             code="no-unit",
         )
+
+
+def rounds_of(settings: Settings) -> int:
+    """How many rounds there are in all: a basis round comes before those that were asked for."""
+    return settings.rounds + (settings.basis in basis_draft.OF_RECORDS)
 
 
 def terms_of(settings: Settings, dealt: Dealt, delta: float, *, model: Model, modules: Sequence[str]) -> Terms:
@@ -108,6 +121,9 @@ def terms_of(settings: Settings, dealt: Dealt, delta: float, *, model: Model, mo
         max_length=settings.max_length,
         rank=settings.rank,
         basis=settings.basis,
+        public_data="" if settings.public_data is None else settings.public_data.name,
+        heads=settings.heads,
+        shapes=commands.shapes_of(model.name, modules) if settings.basis in basis_draft.OF_RECORDS else (),
         scale=settings.scale,
         learning_rate=settings.learning_rate,
         unit=dealt.unit,

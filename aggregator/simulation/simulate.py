@@ -16,17 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from aggregator import commands
+from aggregator import basis_draft, commands
+from aggregator.config import Home
 from aggregator.coordinator import Closed
 from aggregator.desk import Event
 from aggregator.reporting.no_guarantee import AnyReport
 from aggregator.simulation.dealing import Dealt, deal, default_delta
 from aggregator.simulation.drops import Drops, first_epoch
 from aggregator.simulation.processes import Children, children
-from aggregator.simulation.settings import Settings, check, silo_names, terms_of
-from privacy.dp import accounting
+from aggregator.simulation.settings import Settings, check, rounds_of, silo_names, terms_of
+from privacy import files
+from privacy.dp import accounting, unprotected
 from privacy.errors import MachineError, TrustError
-from privacy.federation import Contract, mechanism
+from privacy.federation import Contract, before_training, exposure, mechanism
 
 _START_S = 60.0
 _END_S = 120.0
@@ -117,7 +119,7 @@ def simulate(settings: Settings, progress: Callable[[Step], None]) -> Result:
         _enrol(settings, dealt, delta, aggregator, running)
         names = _silo_names(dealt)
         for name in names:
-            running.start(f"train-{name}", "silo", ["train", "--home", home / name, "--rounds", str(settings.rounds)])
+            running.start(f"train-{name}", "silo", ["train", "--home", home / name, "--rounds", str(rounds_of(settings))])
         closed = list(_train(settings, aggregator, running, progress))
         for name in names:
             running.wait(f"train-{name}", timeout_s=_END_S)
@@ -135,6 +137,8 @@ def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, run
     terms = terms_of(settings, dealt, delta, model=model, modules=modules)
     who = "Simulated coordinator"
     made = commands.init(aggregator, organisation=who, terms=terms, lora_width=lora_width, port=0, simulated=True)
+    words = ["--without-differential-privacy"] if settings.without_privacy else []
+    words += _public_basis(settings.public_data, aggregator, running)
     running.start("serve", "aggregator", ["serve", "--home", aggregator])
     url = _service_url(aggregator, running)
     _write_rows(home / "held-out.jsonl", dealt.held_out)
@@ -144,7 +148,21 @@ def _enrol(settings: Settings, dealt: Dealt, delta: float, aggregator: Path, run
         _init_silo(settings, running, home / name, url, str(made["fingerprint"]), delta)
         commands.add_member(aggregator, home / name / "identity.pub")
     commands.sign(aggregator)
-    _join(home, _silo_names(dealt), running, ["--without-differential-privacy"] if settings.without_privacy else [])
+    _join(home, _silo_names(dealt), running, words)
+
+
+def _public_basis(data: Path | None, aggregator: Path, running: Children) -> list[str]:
+    """The factors of the public data set, made by the package that has torch; their digests go into the draft. Words for `join`."""
+    if data is None:
+        return []
+    at = Home(aggregator)
+    made = running.answer(
+        "basis", "silo", ["basis", "--data", data.absolute(), "--contract", at.draft_path, "--out", at.basis_path]
+    )
+    draft = at.draft_path.read_text(encoding="utf-8")
+    digests = {name: str(made[name]) for name in ("data_digest", "digest")}
+    files.write_atomic(at.draft_path, basis_draft.stated(draft, **digests).encode())
+    return ["--basis", str(at.basis_path)]
 
 
 def _join(home: Path, names: Sequence[str], running: Children, words: Sequence[str]) -> None:
@@ -179,7 +197,8 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
         running.check()
         time.sleep(seconds)
 
-    drops = Drops(settings.drops, settings.rounds, aggregator.parent, running)
+    last = rounds_of(settings)
+    drops = Drops(settings.drops, last, aggregator.parent, running)
 
     def told(event: Event) -> None:
         drops.look(event)
@@ -187,7 +206,7 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
             Step(
                 text=event.step,
                 round=event.round,
-                rounds=settings.rounds,
+                rounds=last,
                 arrived=event.arrived,
                 expected=event.expected,
                 seconds=event.seconds,
@@ -197,10 +216,10 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
     with commands.running(aggregator, progress=told, sleep=sleep) as coordinator, commands.opened(aggregator) as at:
         terms = at.accepted.terms
         curve = _curve(terms)
-        curve(terms.training.steps_per_round)  # the first figure loads the accountants: now, while the silos start
+        curve(1)  # the first figure loads the accountants: now, while the silos start
         coordinator.ensure_countersigned()
         first_epoch(coordinator)
-        for number in range(1, settings.rounds + 1):
+        for number in range(1, last + 1):
             start = time.monotonic()
             closed = coordinator.run_round(number)
             drops.after(number)
@@ -208,10 +227,10 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
                 Step(
                     text=closed.kind,
                     round=number,
-                    rounds=settings.rounds,
+                    rounds=last,
                     seconds=time.monotonic() - start,
                     settled=True,
-                    epsilon=curve(number * terms.training.steps_per_round),
+                    epsilon=curve(number),
                     limit=terms.privacy.epsilon,
                 )
             )
@@ -219,8 +238,18 @@ def _train(settings: Settings, aggregator: Path, running: Children, progress: Ca
 
 
 def _curve(terms: Contract) -> Callable[[int], float | None]:
-    """Certified epsilon after so many private steps; None without differential privacy."""
-    return accounting.Curve(mechanism(terms), terms.privacy.delta) if terms.is_private else lambda steps: None
+    """Certified epsilon after so many rounds, the basis round first where there is one; None without differential privacy."""
+    if not terms.is_private:
+        return lambda rounds: None
+    before = [event.with_steps(1) for event in unprotected.noised(before_training(terms)) or ()]
+    training = exposure(terms, mechanism(terms))
+
+    def after(rounds: int) -> float:
+        steps = (rounds - len(before)) * terms.training.steps_per_round
+        events = [*before, *([training.with_steps(steps)] if steps > 0 else [])]
+        return accounting.certify(events, terms.privacy.delta).epsilon
+
+    return after
 
 
 def _evaluate(home: Path, names: Sequence[str], running: Children) -> dict[str, object]:

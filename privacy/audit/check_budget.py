@@ -2,8 +2,9 @@
 """Verification of what was spent: epsilon after each round against all three adversaries, computed again, and a report's figures.
 
 A silo is charged for every round in which its upload is recorded, whatever became of the round. The figures are those of the silo
-that is charged most. Rounds under more than one contract version compose as privacy.spending says. Not here: a silo's own ledger,
-which may stand higher (it charges every attempt); silo.verify asks that.
+that is charged most; where a unit may be in several silos, each silo is charged for every round. Rounds under more than one
+contract version compose as privacy.spending says. Not here: a silo's own ledger, which may stand higher (it charges every
+attempt); silo.verify asks that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ from privacy.errors import TrustError
 from privacy.federation import Accepted
 from privacy.identity import keys
 from privacy.secure_sum import blocks
-from privacy.spending import ADVERSARIES, Spending, load_of
+from privacy.spending import ADVERSARIES, Spending, is_shared, load_of, place_of
 
 SCHEMA = "siloquy-report/2"
 CLOSE = 1e-6
@@ -57,8 +59,9 @@ def spent(rounds: Sequence[RoundFacts]) -> list[Spent]:
             break
         number = each.accepted.terms.version
         versions[number] = each.accepted
-        for silo in each.charged:
-            charged.setdefault(silo, []).append(number)
+        # A unit that several silos may know is exposed whoever of them took part: every silo is charged what all are.
+        for silo in ((0,) if each.charged and is_shared([each.accepted]) else each.charged):
+            charged.setdefault(silo, []).append(place_of(number, basis=each.basis))
         delta = each.accepted.terms.privacy.delta
         spending = Spending(versions=versions, first=next(iter(versions)))
         loads = [load_of(listed) for listed in charged.values()]
@@ -130,10 +133,9 @@ def _check_figures(found: Findings, slot: Slot, stated: dict[str, Any], figures:
 
 def _check_signature(report: bytes, signature: bytes, accepted: Accepted) -> None:
     signed = b"siloquy report\0" + hashlib.sha256(report).digest()
-    try:
-        raw = bytes.fromhex(signature.decode().strip())
-    except ValueError:
-        raise refused("its signature is not hex") from None
+    if not re.fullmatch(rb"([0-9a-f]{2})+\n?", signature):
+        raise refused("its signature is not one line of hex")
+    raw = bytes.fromhex(signature.decode("ascii"))
     keys.verify_signature(accepted.terms.aggregator.verify_key, signed, raw)  # the contract says which suite, not the signature
 
 

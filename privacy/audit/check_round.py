@@ -9,6 +9,7 @@ the acknowledgements say the same. Sealed parts stay sealed: what they hold is s
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from privacy import envelope, update_rule
+from privacy import basis_round, envelope, update_rule
 from privacy.audit import check_slices
 from privacy.audit.check_epoch import EpochFacts, own, refused
 from privacy.audit.check_set import Opened, ended_without_sum, set_of, uploads_of
@@ -55,6 +56,8 @@ class RoundFacts:
     accepted: Accepted | None
     state: str = ""
     """Hex digest of the state after it, as the walk computed it; "" when it is not known."""
+    basis: bool = False
+    """Whether it is a basis round (privacy.basis_round)."""
 
 
 @dataclass(kw_only=True)
@@ -81,13 +84,13 @@ def walk_round(found: Findings, number: int, place: Place, epochs: Mapping[int, 
     uploads = uploads_of(found, opened, place.counters) if full else {}
     frozen = set_of(found, opened, uploads) if full else None
     ended = _outcome(found, opened)
-    accepted = opened.at.accepted
+    accepted, basis = epochs[opened.manifest.epoch].accepted, basis_round.is_one(opened.at.accepted.terms)
     if ended is None:
         recorded = found.source.has("outcome", number, AGGREGATOR)
         if recorded or number < found.source.latest("manifest"):
             _unknown_from_here(place)
         how: How = "unknown" if recorded else "open"
-        return RoundFacts(number=number, how=how, charged=tuple(uploads), stood=(), accepted=accepted)
+        return RoundFacts(number=number, how=how, charged=tuple(uploads), stood=(), accepted=accepted, basis=basis)
     outcome, digest, bare = ended
     how = _verify_sum(found, opened, outcome, frozen, bare=bare) if full else "unknown"
     _move(found, opened, outcome, place)
@@ -96,7 +99,9 @@ def walk_round(found: Findings, number: int, place: Place, epochs: Mapping[int, 
         _acknowledgements(found, opened, outcome, digest, must_stand=bare)
     stood = tuple(silo for silo, _ in outcome.seeds)
     state = "" if place.state is None else place.state.digest.hex()
-    return RoundFacts(number=number, how=how, charged=tuple(uploads), stood=stood, accepted=accepted, state=state)
+    return RoundFacts(
+        number=number, how=how, charged=tuple(uploads), stood=stood, accepted=accepted, state=state, basis=basis
+    )  # fmt: skip
 
 
 def _manifest(found: Findings, number: int, place: Place, epochs: Mapping[int, EpochFacts]) -> Opened | None:
@@ -107,6 +112,8 @@ def _manifest(found: Findings, number: int, place: Place, epochs: Mapping[int, E
     stated = found.test(slot, "contents", decode, body, Manifest) if body is not None else None
     if stated is None or body is None or at is None:
         return None
+    under = at.accepted.in_round(stated.dimension) if place.state is None else at.accepted.at(place.state.basis)
+    at = dataclasses.replace(at, accepted=under)
     terms = at.accepted.terms
     plan = ring_plan(terms)
     previous = at.accepted.digest if number == 1 else place.previous

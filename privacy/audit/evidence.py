@@ -25,6 +25,8 @@ from privacy.errors import ConfigError, MachineError, TrustError
 from privacy.messages import Digest, Outcome, Signature, Signed, Wire, decode, encode
 
 DAMAGED: Final = "evidence-damaged"
+MOST_REPORT_BYTES: Final = 2**26
+"""A hundred times the record of a thousand rounds."""
 REMNANT: Final = ".remnant"
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -173,13 +175,19 @@ def read_file(path: Path) -> bytes:
 
 
 def read_report(path: Path) -> tuple[bytes, bytes | None]:
-    """A report's record, and the signature that lies beside it. Raises ConfigError when there is no record."""
+    """A report's record, and the signature that lies beside it.
+
+    Raises:
+        ConfigError: there is no record, it is no regular file or larger than any report, or one of both cannot be read.
+    """
+    beside = path.with_name(path.name + ".sig")
     try:
-        record = path.read_bytes()
+        size = path.stat().st_size
+        if not path.is_file() or size > MOST_REPORT_BYTES:
+            raise ConfigError(f"{path} is no file of at most {MOST_REPORT_BYTES} bytes", hint="name a report.json", code="no-file")
+        return path.read_bytes(), beside.read_bytes() if beside.is_file() else None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", hint="name a report.json", code="no-file") from error
-    beside = path.with_name(path.name + ".sig")
-    return record, beside.read_bytes() if beside.is_file() else None
 
 
 def remnant_of(document: bytes) -> bytes:

@@ -92,6 +92,7 @@ class Round:
 
     def __init__(self, post: Post, epoch: Epoch, manifest: Manifest, ctx: bytes, clock: Callable[[], float]) -> None:
         self._post, self._epoch, self._manifest, self._ctx, self._clock = post, epoch, manifest, ctx, clock
+        self._accepted = post.accepted.in_round(manifest.dimension)
         self._terms, self._own, self._vows = post.accepted.terms, post.party.id, post.vows
         self._received: dict[int, Received] = {}
         self._headers: dict[int, bytes] = {}
@@ -143,7 +144,7 @@ class Round:
             )
             upload = decode(body, Upload)
             header = guardian_sum.check_header(
-                upload.header, member, accepted=self._post.accepted, epoch_ctx=self._epoch.context, round_ctx=self._ctx,
+                upload.header, member, accepted=self._accepted, epoch_ctx=self._epoch.context, round_ctx=self._ctx,
                 silos=self._epoch.silos,
             )  # fmt: skip
         except TrustError as error:
@@ -160,7 +161,7 @@ class Round:
                 return ("freeze", self.number, AGGREGATOR), self._due(1) if self._may_come() else 0.0
             try:
                 self._frozen = guardian_sum.check_freeze(
-                    decode(self._post.open(document, "freeze", self._epoch.context), Freeze), accepted=self._post.accepted,
+                    decode(self._post.open(document, "freeze", self._epoch.context), Freeze), accepted=self._accepted,
                     epoch_ctx=self._epoch.context, round_ctx=self._ctx, own_header=None, silos=self._epoch.silos,
                     seen=self._seen(),
                 )  # fmt: skip
@@ -189,7 +190,7 @@ class Round:
                     return True
                 self._lists[guardian.id] = found
         chosen = freeze.choose(
-            self._headers, self._lists, accepted=self._post.accepted, epoch_ctx=self._epoch.context, round_ctx=self._ctx,
+            self._headers, self._lists, accepted=self._accepted, epoch_ctx=self._epoch.context, round_ctx=self._ctx,
             silos=self._epoch.silos,
         )  # fmt: skip
         return chosen is not None
@@ -204,7 +205,7 @@ class Round:
                 return ("certificate", self.number, AGGREGATOR), self._due(2)
             certificate = decode(self._post.open(document, "certificate", self._epoch.context), Certificate)
             self._certified = guardian_sum.check_certificate(
-                certificate, self._frozen, accepted=self._post.accepted, epoch_ctx=self._epoch.context
+                certificate, self._frozen, accepted=self._accepted, epoch_ctx=self._epoch.context
             )
         certified, seal_key = self._certified, bytes.fromhex(self._terms.aggregator.seal_key)
 

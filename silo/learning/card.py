@@ -40,17 +40,19 @@ def card(origin: Origin, *, takes_types: bool, head_replaced: bool) -> str:
         head_replaced: whether the base model's own file has a head for other labels.
     """
     terms, spent = origin.accepted.terms, origin.spent
+    known = terms.privacy.max_silos_per_unit
     facts = {
         "federation": f"{terms.name}, contract version {terms.version}, {terms.silos} silos",
         "contract digest": origin.accepted.digest.hex(),
         "base model": f"{terms.model.name}, frozen",
         "base model digest": terms.model.digest,
-        "rounds": f"{origin.round} of {terms.training.rounds}",
+        "rounds": f"{origin.round} of {terms.planned_rounds}",
         "model digest": origin.state.digest.hex(),
+        "basis": _basis(origin),
         "labels": ", ".join(terms.task.labels),
         "pooling": terms.model.pooling,
         "longest text": f"{terms.task.max_length} tokens",
-        "privacy unit": terms.privacy.unit,
+        "privacy unit": terms.privacy.unit + (f", in up to {known} silos" if known > 1 else ""),
         **_figures(terms, spent),
     }
     return _PAGE.format(
@@ -77,6 +79,14 @@ def snippet(terms: Contract, *, base: str, takes_types: bool, head_replaced: boo
         pooled=_POOLED[terms.model.pooling],
         example=example,
     )
+
+
+def _basis(origin: Origin) -> str:
+    """Where the adapter's frozen vectors come from."""
+    kind, digest = origin.accepted.terms.adapter.basis, origin.state.basis.hex()
+    if (public := origin.accepted.terms.public_basis) is not None:
+        return f"public, of the data set {public.data} (file digest {public.data_digest}); digest {public.digest}"
+    return f"{kind}, of a basis round over the silos' records; digest {digest}" if digest else f"{kind}, of public things alone"
 
 
 def _figures(terms: Contract, spent: Certificate) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +25,7 @@ from transformers.masking_utils import eager_mask
 
 from privacy.errors import ConfigError
 from privacy.federation import Contract
+from privacy.orthonormal import Factors
 from silo.learning import basis
 from silo.learning.gradients import PhysicalBatch, Slot, rowwise_linear
 from silo.learning.lora_sb import Adapter, attach, find_linear, matrix
@@ -140,13 +141,29 @@ class Classifier(nn.Module):
                 parameter.copy_(block.view_as(parameter))
 
 
-def build(path: str | Path, terms: Contract, *, precision: Precision = "float32", device: str | torch.device = "cpu") -> Classifier:
+def build(
+    path: str | Path,
+    terms: Contract,
+    *,
+    precision: Precision = "float32",
+    device: str | torch.device = "cpu",
+    bases: Mapping[str, Factors] | None = None,
+) -> Classifier:
     """The classifier of the contract ``terms`` around the base model in the folder ``path``, its state all zeros.
 
     The global generators are left as they were.
 
     Raises:
         ConfigError: no loadable model at ``path``, weights are missing from it, or what ``assemble`` refuses.
+    """
+    return assemble(load(path), terms, precision=precision, device=device, bases=bases)
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """The encoder in the folder ``path``, float32. The global generators are left as they were.
+
+    Raises:
+        ConfigError: no loadable model at ``path``, or weights are missing from it.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -163,20 +180,52 @@ def build(path: str | Path, terms: Contract, *, precision: Precision = "float32"
         raise ConfigError(
             f"the base model lacks {len(missing)} weights, the first is {missing[0]}", hint="fetch the base model again"
         )
-    return assemble(encoder, terms, precision=precision, device=device)
+    loaded: PreTrainedModel = encoder
+    return loaded
 
 
 def assemble(
-    encoder: PreTrainedModel, terms: Contract, *, precision: Precision = "float32", device: str | torch.device = "cpu"
+    encoder: PreTrainedModel,
+    terms: Contract,
+    *,
+    precision: Precision = "float32",
+    device: str | torch.device = "cpu",
+    bases: Mapping[str, Factors] | None = None,
 ) -> Classifier:
     """The classifier of ``terms`` around a transformers ``encoder`` that is already loaded; the encoder becomes part of it.
+
+    ``bases``: the factors of each module, where they came out of a gradient; without them they are computed from public things.
+
+    Raises:
+        ConfigError: as ``prepared``; the encoder lacks a module of the contract, cannot carry the rank, or has another number of
+            trainables than the contract says; or the contract's basis comes out of a gradient and ``bases`` is not given.
+    """
+    encoder = prepared(encoder, terms)
+    if bases is None:
+        weights = {name: matrix(find_linear(encoder, name)).cpu().numpy() for name in terms.adapter.modules}
+        bases = {name: basis.factors(terms, name, weight) for name, weight in weights.items()}
+    adapter = attach(encoder.to(device), terms.adapter.modules, bases, terms.adapter.scale, terms.adapter.heads)
+    head = nn.Linear(terms.model.hidden_size, len(terms.task.labels), device="meta").to_empty(device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model = Classifier(
+        encoder, adapter, head, pooling=terms.model.pooling, head_scale=terms.adapter.head_scale,
+        precision=precision, basis_digest=basis.digest({name: bases[name] for name in terms.adapter.modules}),
+    )  # fmt: skip
+    _agree("number of trainables", sum(p.numel() for p in model.parameters() if p.requires_grad), terms.dimension)
+    _agree("dimension", model.dimension, terms.dimension)
+    return model
+
+
+def prepared(encoder: PreTrainedModel, terms: Contract) -> PreTrainedModel:
+    """``encoder``, fit for gradients of one row at a time: checked, in float32, without a cache, and with one path of attention.
 
     Attention is switched to the eager kernels, whose mask is replaced for the whole process by one that holds the same numbers
     and is never left out.
 
     Raises:
-        ConfigError: the encoder mixes examples by construction, is no single stack under an attention mask, has another hidden
-            size, lacks a module of the contract, cannot carry the rank, or has another number of trainables than the contract says.
+        ConfigError: the encoder mixes examples by construction, is no single stack under an attention mask, or has another hidden
+            size.
     """
     _refuse_shape(encoder)
     _refuse_mixing(encoder)
@@ -184,19 +233,7 @@ def assemble(
     AttentionMaskInterface.register("eager", _full_mask)
     encoder.set_attn_implementation("eager")
     encoder.config.use_cache = False
-    encoder = encoder.float()
-    bases = {name: basis.factors(terms, name, matrix(find_linear(encoder, name)).cpu().numpy()) for name in terms.adapter.modules}
-    adapter = attach(encoder.to(device), terms.adapter.modules, bases, terms.adapter.scale)
-    head = nn.Linear(terms.model.hidden_size, len(terms.task.labels), device="meta").to_empty(device=device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    model = Classifier(
-        encoder, adapter, head, pooling=terms.model.pooling, head_scale=terms.adapter.head_scale,
-        precision=precision, basis_digest=basis.digest(bases),
-    )  # fmt: skip
-    _agree("number of trainables", sum(p.numel() for p in model.parameters() if p.requires_grad), terms.dimension)
-    _agree("dimension", model.dimension, terms.dimension)
-    return model
+    return encoder.float()
 
 
 def _full_mask(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (transformers' own signature)

@@ -7,7 +7,7 @@ that no ledger here charges. ``private_head`` exists for the simulator, where on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from privacy import update_rule
 from privacy.dp import noise
 from privacy.dp.lattice import sum_lattice, to_lattice
 from privacy.federation import Contract, ring_plan, ring_plan_at
+from privacy.orthonormal import Factors
 from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import membership
@@ -61,8 +62,10 @@ class Pooled:
     count: int
 
 
-def open_bench(terms: Contract, *, model: str = "", compute: Compute | None = None) -> Bench:
-    """The contract's model, verified by digest, on this machine.
+def open_bench(
+    terms: Contract, *, model: str = "", compute: Compute | None = None, bases: Mapping[str, Factors] | None = None
+) -> Bench:
+    """The contract's model, verified by digest, on this machine; ``bases`` as for ``silo.learning.training.build``.
 
     Raises:
         ConfigError: the base model is missing or another.
@@ -71,7 +74,7 @@ def open_bench(terms: Contract, *, model: str = "", compute: Compute | None = No
     how = compute or Compute()
     folder = membership.base_folder(terms, model)
     device, precision = resolve(how)
-    built = classifier.build(folder, terms, precision=precision, device=device)
+    built = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
     return Bench(terms=terms, model=built, folder=folder, rows_tokens=how.rows_tokens)
 
 

@@ -122,7 +122,7 @@ def _tensors(model: Classifier, host: Host) -> dict[str, NDArray[np.float32]]:
     }
     for name, layer in zip(model.adapter.names, model.adapter, strict=True):
         tensors[f"{host.encoder}.{name}.lora_A.weight"] = layer.A
-        tensors[f"{host.encoder}.{name}.lora_B.weight"] = layer.scale * (layer.B.double() @ layer.R.double())
+        tensors[f"{host.encoder}.{name}.lora_B.weight"] = layer.scale * (layer.B.double() @ layer.core.double())
     return {f"base_model.model.{name}": _float32(tensor) for name, tensor in tensors.items()}
 
 
@@ -135,7 +135,7 @@ def _config(model: Classifier, host: Host, base: str) -> dict[str, object]:
 
     A contract without modules trains the head alone; peft has a word for an adapter of nothing.
     """
-    rank = model.adapter.layers[0].R.shape[0] if model.adapter.layers else 1
+    rank = len(model.adapter.layers[0].A) if model.adapter.layers else 1
     return {
         "base_model_name_or_path": base,
         "bias": "none",

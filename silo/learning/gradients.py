@@ -95,12 +95,16 @@ class Rowwise(Protocol):
 class Slot:
     """Where one layer's per-row gradients go: ``weight`` ``(rows, out, in)`` and ``bias`` ``(rows, out)`` or None, float32.
 
-    ``layer``: its name, for people.
+    A layer of several heads has ``weight`` ``(rows, heads, out, in)``, of which each head has its part. ``layer``: for people.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     layer: str = "an adapted layer"
+
+    def parts(self) -> list[Slot]:
+        """One slot for each head, in order, of the same memory."""
+        return [Slot(weight=weight, layer=self.layer) for weight in self.weight.unbind(dim=1)]
 
 
 class Tape:

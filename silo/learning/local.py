@@ -53,7 +53,7 @@ def trained(
         MachineError: a step gave another shape than the contract's.
         RoundError: the silo's own model is not finite; nothing is sent, and the attempt stays charged.
     """
-    state = msgspec.structs.replace(own or update_rule.initial(terms), theta=shared.theta)
+    state = msgspec.structs.replace(own or update_rule.initial(terms), theta=shared.theta, basis=shared.basis)
     for _ in range(terms.training.steps_per_round):
         total = ring.lift(noisy(contribute(state), terms, randomness()))
         state = update_rule.step(state, total, terms, applied=shared.applied)

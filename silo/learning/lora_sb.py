@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LoRA-SB layer: a frozen linear layer plus scale · B R A, where only the small square R trains.
 
+With several heads R is that many blocks on a diagonal: Σ_k B_k R_k A_k, B_k and A_k being groups of consecutive vectors.
+
 The frozen layer is an ``nn.Linear``, or a ``Conv1D`` of transformers (GPT-2), which stores the same matrix transposed.
 
 Promised: the bytes of the base weights never change, R starts at zero so that an attached model computes what the base
@@ -39,19 +41,21 @@ def matrix(base: Base) -> Tensor:
 class LoraSb(nn.Module):
     """``y = base(x) + scale · B(R(A x))`` with B ``(m, r)``, A ``(r, n)`` and R ``(r, r)``, all float32.
 
+    With h > 1 ``heads`` the parameter R is ``(h, r/h, r/h)``: the blocks of a block-diagonal R, which ``core`` shows whole.
+
     m is ``out`` and n is ``in``, also where ``base`` stores its weight as ``(in, out)``. ``slot`` is set while per-unit gradients
     are recorded: then backward fills it and R gets no gradient of its own. ``weight`` and ``bias`` are the base's, for models that
     look at a layer's type before they call it; a model that computes with them goes round the adapter, and
     ``silo.learning.training.check_responds`` finds it.
 
     Raises:
-        ConfigError: the factors do not fit the base layer.
+        ConfigError: the factors do not fit the base layer, or their vectors do not part into so many heads.
     """
 
     A: Tensor
     B: Tensor
 
-    def __init__(self, base: Base, factors: Factors, scale: float) -> None:
+    def __init__(self, base: Base, factors: Factors, scale: float, heads: int = 1) -> None:
         super().__init__()
         b, a = factors
         m, n = matrix(base).shape
@@ -61,18 +65,37 @@ class LoraSb(nn.Module):
                 f"factors of shapes {b.shape} and {a.shape} do not fit a linear layer that needs {wanted[0]} and {wanted[1]}",
                 hint="compute the basis from this layer's own weight",
             )
+        size, rest = divmod(len(a), heads)
+        if rest:
+            raise ConfigError(f"{len(a)} vectors do not part into {heads} heads", hint="compute a basis of heads x rank vectors")
         device = base.weight.device
         self.base = base.requires_grad_(False)
         self.register_buffer("B", torch.tensor(b, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("A", torch.tensor(a, dtype=torch.float32, device=device), persistent=False)
-        self.R = nn.Parameter(torch.zeros(a.shape[0], a.shape[0], dtype=torch.float32, device=device))
+        shape = (size, size) if heads == 1 else (heads, size, size)
+        self.R = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
         self.scale = scale
         self.slot: Slot | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output ``(rows, L, m)`` for ``x`` ``(rows, L, n)``."""
-        core = rowwise_linear(functional.linear(x, self.A), self.R, None, self.slot)  # (rows, L, r)
+        inner = functional.linear(x, self.A)  # (rows, L, r)
+        core = rowwise_linear(inner, self.R, None, self.slot) if self.R.ndim == 2 else self._by_head(inner)
         return torch.add(self.base(x), functional.linear(core, self.B), alpha=self.scale)
+
+    def _by_head(self, inner: Tensor) -> Tensor:
+        """``inner`` ``(rows, L, r)``, each head's share of it times that head's core."""
+        shares = torch.split(inner, self.R.shape[-1], dim=-1)
+        slots = [None] * len(shares) if self.slot is None else self.slot.parts()
+        return torch.cat([rowwise_linear(y, r, None, slot) for y, r, slot in zip(shares, self.R, slots, strict=True)], dim=-1)
+
+    @property
+    def core(self) -> Tensor:
+        """R ``(r, r)`` whole, also where it is kept as blocks."""
+        if self.R.ndim == 2:
+            return self.R
+        whole: Tensor = torch.block_diag(*self.R)  # type: ignore[no-untyped-call]
+        return whole
 
     @property
     def weight(self) -> Tensor:
@@ -92,7 +115,7 @@ class LoraSb(nn.Module):
         ``(m, n)`` for an ``nn.Linear``, ``(n, m)`` for a ``Conv1D``.
         """
         with torch.no_grad():
-            delta = self.scale * (self.B.double() @ self.R.double() @ self.A.double())
+            delta = self.scale * (self.B.double() @ self.core.double() @ self.A.double())
             return self.base.weight.double() + (delta.T if isinstance(self.base, Conv1D) else delta)
 
 
@@ -133,7 +156,7 @@ def find_linear(model: nn.Module, name: str) -> Base:
     )  # fmt: skip
 
 
-def attach(model: nn.Module, modules: Sequence[str], bases: Mapping[str, Factors], scale: float) -> Adapter:
+def attach(model: nn.Module, modules: Sequence[str], bases: Mapping[str, Factors], scale: float, heads: int = 1) -> Adapter:
     """Freezes ``model`` and puts a LoraSb around each of ``modules``; afterwards exactly the R of these are trainable.
 
     Raises:
@@ -150,7 +173,7 @@ def attach(model: nn.Module, modules: Sequence[str], bases: Mapping[str, Factors
     layers = []
     for name, base in bases_of.items():
         parent, _, child = name.rpartition(".")
-        layer = LoraSb(base, bases[name], scale)
+        layer = LoraSb(base, bases[name], scale, heads)
         setattr(model.get_submodule(parent), child, layer)
         layers.append(layer)
     return Adapter(names=tuple(modules), layers=tuple(layers))

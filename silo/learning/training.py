@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from privacy.dp import ring
 from privacy.dp.lattice import sum_lattice, to_lattice
 from privacy.errors import MachineError
 from privacy.federation import Contract, ring_plan
+from privacy.orthonormal import Factors
 from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import membership
@@ -98,6 +99,16 @@ class Contribution:
         if not self._together:
             self._rows_for = rows_for(1, most)
 
+    @property
+    def basis_digest(self) -> bytes:
+        """What silos compare in an epoch's notes: digest of the factors."""
+        return self.model.basis_digest
+
+    @property
+    def unit_ids(self) -> tuple[str, ...]:
+        """The ids of all units that a sample is drawn from. They never leave the silo."""
+        return tuple(unit.id for unit in self._units)
+
     def __call__(self, state: State) -> NDArray[np.int64]:
         """The clamped noiseless sum ``(d,)`` int64 of one step at ``state``.
 
@@ -151,8 +162,17 @@ class Contribution:
         return (batch for unit in units for batch in pack([unit], self._rows_for, max_length=longest))
 
 
-def build(home: Home, config: Config, terms: Contract, *, randomness: Callable[[], Words] = Randomness.from_os) -> Contribution:
+def build(
+    home: Home,
+    config: Config,
+    terms: Contract,
+    *,
+    randomness: Callable[[], Words] = Randomness.from_os,
+    bases: Mapping[str, Factors] | None = None,
+) -> Contribution:
     """The contribution of the silo in ``home``: model verified by digest, records read and checked, layout tested.
+
+    ``bases``: the factors of each module, where they came out of a gradient (``silo.learning.classifier.assemble``).
 
     Raises:
         ConfigError: the model or the records do not fit the contract.
@@ -162,7 +182,7 @@ def build(home: Home, config: Config, terms: Contract, *, randomness: Callable[[
     units = records.load(Path(config.records.path), terms.task, terms.privacy, selection_key=home.selection_key)
     records.check_enough(units, terms.privacy)
     device, precision = resolve(config.compute)
-    model = classifier.build(folder, terms, precision=precision, device=device)
+    model = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
     encoded = tokens.encode(units, folder, terms.task)
     return Contribution(terms, model, encoded, rows_tokens=config.compute.rows_tokens, randomness=randomness)
 
