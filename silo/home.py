@@ -337,7 +337,7 @@ def _from_bytes(data: bytes) -> Progress:
         digests: dict[str, Any] = {name: bytes.fromhex(facts[name]) for name in _DIGESTS}
         numbers = {name: facts[name] for name in _NUMBERS}
         progress = Progress(state=state, own=own, stood=facts.get("stood"), **digests, **numbers)
-        written = facts.pop("digest")
+        written = str(facts.pop("digest"))
         found = _digest(facts, state, *([] if own is None else [own]))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error, safetensors.SafetensorError) as error:
         raise _damaged("it is no state file") from error

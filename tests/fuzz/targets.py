@@ -30,17 +30,17 @@ from aggregator.config import Config as HubConfig
 from aggregator.config import Home as HubHome
 from aggregator.config import commented
 from benchmarks.summing import Made, SharesSum
-from privacy import envelope, federation, folder, messages, rows, update_rule, weights
+from privacy import basis_file, envelope, federation, folder, messages, orthonormal, rows, update_rule, weights
 from privacy.audit import evidence
 from privacy.dp import ledger
 from privacy.dp.mechanism import LatticeGaussian
-from privacy.errors import SiloquyError
+from privacy.errors import SiloquyError, TrustError
 from privacy.identity import keys
 from privacy.messages import Wire
 from privacy.secure_sum import freeze, shares
 from privacy.secure_sum.freeze import Certified
 from privacy.transparency import log, notes  # fmt: skip
-from silo import config, home, transport, upload
+from silo import agreed_basis, config, home, transport, unit_sets, upload
 from silo.home import Home, Progress
 from tests.terms import contract_bytes, public, seed
 
@@ -176,11 +176,17 @@ def _an_outcome() -> bytes:
 
 def _contracts() -> Iterator[bytes]:
     yield contract_bytes()
+    yield _public_contract()
     sides = "".join(
         f'\n[[guardian]]\nid = {2**15 + i}\nname = "notary-{i}"\norganisation = "Notary {i}"\nsign_key = "{public(50 + i)}"\n'
         for i in range(1, 6)
     )
     yield contract_bytes(5, sum={"protocol": "shares", "dropouts": 1, "corrupt_guardians": 2}) + sides.encode()
+
+
+def _public_contract() -> bytes:
+    table = {"data": "notes", "data_digest": "11" * 32, "digest": "22" * 32, "width": 6, "max_grad_norm": 0.5}
+    return contract_bytes(adapter={"basis": "public"}, public_basis=table)
 
 
 def _contract_document() -> bytes:
@@ -213,6 +219,7 @@ def _ledger(data: bytes) -> object:
 
 def _a_ledger() -> bytes:
     mechanism = LatticeGaussian(sampling_rate=0.1, lattice_bits=18, share_variance=2**30, shares=2, dimension=100, steps=3)
+    basis, units = LatticeGaussian(sampling_rate=1.0, lattice_bits=16, share_variance=2**30, shares=2, dimension=9, steps=2), "22" * 32
     with placed("made.jsonl", b"") as path:
         path.unlink()
         take = {"sign": lambda data: bytes(64), "verify": lambda data, signature: None, "clock": lambda: 1.5e9}
@@ -221,6 +228,9 @@ def _a_ledger() -> bytes:
             made.reserve(contract="00" * 32, round_number=1, attempt="11" * 16, mechanism=mechanism.with_steps(1))
             made.commit(contract="00" * 32, round_number=1, attempt="11" * 16)
             made.void(contract="00" * 32, round_number=1, reason="absent")
+            made.declare(contract="33" * 32, run="", mechanism=mechanism, epsilon=3.0, delta=1e-6, units=units, before=basis)
+            made.reserve(contract="33" * 32, round_number=1, attempt="44" * 16, mechanism=basis.with_steps(1), units=units)
+            made.commit(contract="33" * 32, round_number=1, attempt="44" * 16, silos=3)
         return path.read_bytes()
 
 
@@ -240,6 +250,51 @@ def _silo_config() -> bytes:
 def _hub_config(data: bytes) -> object:
     with placed("aggregator.toml", data) as path:
         return HubHome(path.parent).config()
+
+
+def _unit_set(data: bytes) -> object:
+    """A file of units under its own name: what it says, or nothing."""
+    with placed("units/" + (digest := hashlib.sha256(data).hexdigest()), data) as path:
+        found = unit_sets.read(Home(path.parents[1]), digest)
+    assert found is None or (found.marks and all(len(mark) == 32 for mark in found.marks))
+    return found
+
+
+def _unit_sets() -> Iterator[bytes]:
+    head = {"format": "siloquy-units/1", "unit": "patient_id", "key": "5f" * 16, "lasting": True}
+    yield "\n".join([json.dumps(head), "00" * 32, "a3" * 32, ""]).encode()
+
+
+def _a_silo_report() -> Iterator[bytes]:
+    from silo.reporting import record
+
+    def example(kind: type[Any]) -> Any:
+        hints = get_type_hints(kind, include_extras=True)
+        return kind(**{name: _fact(hints[name], example) for name in kind.__struct_fields__})
+
+    yield record.encode(example(record.SiloReport))
+
+
+def _fact(annotation: Any, of: Callable[[type[Any]], Any]) -> Any:
+    """A value of a field of a silo's own record; a digest where it must be one."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return "ab" * 32 if inside[0] is str else 1
+    if origin is tuple:
+        return (_fact(inside[0], of),)
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return of(annotation)
+    if origin is Literal:
+        return inside[0]
+    if origin is not None and origin is not dict:  # a union with None
+        return _fact(inside[0], of)
+    return (origin or annotation)()
+
+
+def _silo_report(data: bytes) -> object:
+    from silo.reporting import record
+
+    return record.decode(data)
 
 
 # --- What comes over the network ---------------------------------------------------------------------------------------
@@ -285,6 +340,19 @@ def _safetensors(sizes: dict[str, int]) -> bytes:
         place += 4 * size
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(place)
+
+
+def _basis_file(data: bytes) -> object:
+    """A file of factors, held to the digest of what it says: so what stands behind the digest is reached."""
+    with contextlib.suppress(TrustError):
+        found = basis_file._parsed(data)
+        return basis_file.load(data, orthonormal.digest(found))
+    return basis_file.load(data, CONTEXT)
+
+
+def _a_basis() -> Iterator[bytes]:
+    eye = np.eye(4, dtype=np.float32)
+    yield basis_file.save({"x": (eye[:, :2], eye[:2, :3]), "layer.1": (eye, eye[:1])})
 
 
 def _state() -> update_rule.State:
@@ -464,6 +532,10 @@ TARGETS: dict[str, Target] = {
     "identity-public": Target(keys.read_public, lambda: [_public_identity()]),
     "identity-private": Target(from_file("identity.key", keys.load), lambda: [_private_identity()]),
     "ledger": Target(_ledger, lambda: [_a_ledger()]),
+    "unit-set": Target(_unit_set, _unit_sets),
+    "silo-report": Target(_silo_report, _a_silo_report),
+    "basis-file": Target(_basis_file, _a_basis),
+    "basis-recipe": Target(agreed_basis.recipe_in, lambda: [_public_contract()]),
     "jsonl": Target(_rows("r.jsonl"), lambda: [b'{"text": "a", "label": 1, "x": [null, 1e3]}\n\n{"text": "\\u00e4"}']),
     "jsonl-gz": Target(_rows("r.jsonl.gz"), lambda: [gzip.compress(b'{"text": "a"}\n', mtime=0)]),
     "csv": Target(_rows("r.csv"), lambda: [b'text,label\n"a ""b"",\n c",1\r\nd,2\n']),
