@@ -37,7 +37,7 @@ from privacy.messages import Countersignature, decode, encode
 
 _FIXED: Final = (
     "name", "task", "model", "adapter", "training.mode", "training.optimizer", "privacy.unit", "privacy.off", "aggregator.name",
-    "privacy.max_silos_per_unit", "basis.shapes", "basis.width", "public_basis",
+    "privacy.max_silos_per_unit", "basis.shapes", "basis.width", "basis.attempts", "public_basis",
 )  # fmt: skip
 _KIND: Final = "countersignature"
 

@@ -357,11 +357,14 @@ def _gate(
         before = succession.ancestors(home, accepted)
         check_promises(home, ledger, [accepted.digest, *before])
         alone_kept.require_reserved(home, ledger)
+        known = accepted.terms.privacy.max_silos_per_unit
+        other_homes.require_elsewhere(beside, [each.hex() for each in (accepted.digest, *before)], known=known)
         rollback.require_newest(home, transport, ledger, [accepted, *reversed(before.values())])
         yield Gate(
             ledger, limits(settings, accepted), plan=plan(ledger, accepted, opened_rounds), contract=accepted.digest.hex(),
             steps_per_attempt=accepted.terms.training.steps_per_round, fewest=reading.fewest(accepted.terms),
             units=unit_sets.reader(home), beside=beside, before=reading.plan_before(ledger, accepted, home),
+            unit=accepted.terms.privacy.unit,
         )  # fmt: skip
 
 

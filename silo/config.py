@@ -45,7 +45,8 @@ class Aggregator(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Records(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The records this silo trains on.
 
-    ``lasting_ids``: its word that the unit column names one unit by one id in every extract, for ever (silo.unit_sets).
+    ``lasting_ids``: its word that the unit column names one unit by one id in every extract, for ever, and that each unit comes
+    into an extract by a rule that looks at that unit alone (silo.unit_sets).
     ``other_homes``: this silo's other directories on the same records, whose ledgers count here (silo.other_homes).
     """
 
@@ -177,6 +178,7 @@ fingerprint = {fingerprint}
 # JSON lines, CSV or Parquet. It never leaves this machine.
 path = {records}
 # lasting_ids = true       # your word: one unit has one id in every extract, for ever. Runs over other units then do not compose
+#                          # and a unit is in an extract by a rule that looks at it alone (a date, a hash): no first thousand
 # other_homes = ["…"]      # directories of this silo in other federations on the same records, each naming this one: all compose
 
 [limits]

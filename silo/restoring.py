@@ -10,8 +10,8 @@ entered again.
 - *Never understated*: of the ledger copies the longest is taken, and each must be a beginning of it. Each own upload that is on the
   board or in the log has its reservation afterwards, under its own attempt. The lost entries before it are as many as its signed
   counter states; each is charged as an attempt, but the one note by which the round before ended. Each round that was opened after
-  the last known reservation is charged one attempt, whether there was one or not. Limits change nothing of it: the gate refuses
-  later.
+  the last known reservation is charged one attempt, whether there was one or not (``silo.recharging``). Limits change nothing of
+  it: the gate refuses later.
 - *Nothing said twice*: ``epoch/`` is emptied first; each charged round is promised to the manifest on the board, cosignatures are
   taken back from it, and only an epoch newer than all called ones is entered.
 - *Repeatable*: what is done is read from the disk, so a restore that was killed ends in the same ledger as one that was not.
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from privacy import basis_round, envelope, files
-from privacy.dp.entries import Commit, Reserve, Void
+from privacy.dp.entries import Reserve
 from privacy.dp.ledger import History, Ledger
 from privacy.errors import LedgerBroken, RoundError, TrustError
-from privacy.federation import Accepted, event
+from privacy.federation import Accepted
 from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Header, Kind, Manifest, Outcome, Signed, Upload, decode
 from privacy.secure_sum import guardian_sum
@@ -43,37 +43,11 @@ from privacy.transparency.log import Leaf, Tiles
 from silo import keyring, reading, session, succession
 from silo.folder import transporting
 from silo.home import Home, remove_folder
+from silo.recharging import Opened, Sent, charge
 from silo.session import Epoch
 from silo.transport import Transport
 from silo.watch import refuse_after_equivocation
 from silo.witness import Witness
-
-_DOMAIN = b"siloquy restored"
-_ATTEMPT_BYTES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sent:
-    """This silo's own upload of a round, as its signed header states it."""
-
-    attempt: str
-    counter: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A round that was opened, with what this silo sent in it and how it ended; what is not known is None."""
-
-    number: int
-    contract: Accepted
-    ctx: bytes | None = None
-    sent: _Sent | None = None
-    ended: Literal["result", "without", "void"] | None = None
-
-    @property
-    def key(self) -> str:
-        """The contract's digest, as the ledger has it."""
-        return self.contract.digest.hex()
 
 
 def restore(root: Path, *, ledgers: Sequence[Path] = (), folder: Path | None = None) -> dict[str, Any]:
@@ -143,7 +117,7 @@ def _caught_up(home: Home, transport: Transport) -> tuple[int, list[dict[str, in
     signer = keyring.signer(home, accepted)
     with Ledger.open(home.ledger_path, sign=signer.sign, verify=keyring.verifier(home), clock=time.time) as ledger:
         before = _by_round(ledger)
-        _charge(ledger, rounds)
+        charge(ledger, rounds, contracts={digest.hex() for digest in versions})
         after = _by_round(ledger)
         _promise(home, ledger, rounds)
     _take_back_cosignatures(home, transport, accepted, identity, last=_newest(transport, "checkpoint"))
@@ -191,54 +165,6 @@ def _whole_lines(home: Home, path: Path, hint: str) -> bytes:
 # --- Charging --------------------------------------------------------------------------------------------------------------------
 
 
-def _charge(ledger: Ledger, rounds: Sequence[_Opened]) -> None:
-    """Reserve what this silo's uploads state, in their places, and one attempt for each round that was opened since."""
-    ended: _Opened | None = None
-    for each in rounds:
-        if each.sent is not None and each.sent.attempt not in ledger.attempts(each.key, each.number):
-            if ended is not None and ledger.counter < each.sent.counter - 1:
-                _note(ledger, ended)
-            while ledger.counter < each.sent.counter - 1:
-                _reserve(ledger, each, _unknown(ledger, each))
-            _reserve(ledger, each, each.sent.attempt)
-        if ledger.attempts(each.key, each.number):
-            ended = each
-    latest = max((body.round for body in ledger.entries if isinstance(body, Reserve)), default=0)
-    for each in rounds:
-        if each.number > latest:
-            _reserve(ledger, each, _unknown(ledger, each))
-
-
-def _reserve(ledger: Ledger, opened: _Opened, attempt: str) -> None:
-    """Charge one attempt at a round in full, whatever the limits."""
-    terms = opened.contract.terms
-    one = event(terms).with_steps(terms.training.steps_per_round)
-    ledger.reserve(contract=opened.key, round_number=opened.number, attempt=attempt, mechanism=one)
-
-
-def _unknown(ledger: Ledger, opened: _Opened) -> str:
-    """The name of one more attempt whose own one is lost."""
-    index = len(ledger.attempts(opened.key, opened.number))
-    named = _DOMAIN + opened.number.to_bytes(4, "big") + index.to_bytes(4, "big")
-    return hashlib.sha256(named).hexdigest()[: 2 * _ATTEMPT_BYTES]
-
-
-def _note(ledger: Ledger, opened: _Opened) -> None:
-    """How a round ended, unless it stands there: that note came before any attempt at a later one, so it is one of the lost lines.
-
-    How many silos stood is left open: the charge counts the fewest.
-    """
-    place = (opened.key, opened.number)
-    if opened.ended is None or any(isinstance(b, Commit | Void) and (b.contract, b.round) == place for b in ledger.entries):
-        return
-    if opened.ended == "result":
-        attempt = ledger.attempts(*place)[-1] if opened.sent is None else opened.sent.attempt
-        ledger.commit(contract=opened.key, round_number=opened.number, attempt=attempt)
-    else:
-        reason = "the sum was made without this silo" if opened.ended == "without" else "the round closed without a result"
-        ledger.void(contract=opened.key, round_number=opened.number, reason=reason)
-
-
 def _by_round(ledger: History) -> dict[int, int]:
     """How many attempts are reserved for each round."""
     found: dict[int, int] = {}
@@ -248,7 +174,7 @@ def _by_round(ledger: History) -> dict[int, int]:
     return found
 
 
-def _promise(home: Home, ledger: History, rounds: Sequence[_Opened]) -> None:
+def _promise(home: Home, ledger: History, rounds: Sequence[Opened]) -> None:
     """Bind this silo to the manifest of every charged round, so that it takes part in none of them again.
 
     Raises:
@@ -273,7 +199,7 @@ class _Board:
     versions: Mapping[bytes, Accepted]
     silo: int
 
-    def rounds(self) -> list[_Opened]:
+    def rounds(self) -> list[Opened]:
         """Every round that was opened under a contract with this silo in it, ascending, with all that is verified of it."""
         logged = self._logged()
         epochs: dict[int, tuple[Accepted, Epoch]] = {}
@@ -292,18 +218,18 @@ class _Board:
         # Opened, as this home knows, but not shown: charged all the same; as both kinds where the factors may not be fixed yet.
         hidden = range(number, unseen + 1)
         if self.accepted.terms.basis is None or any(not basis_round.is_one(each.contract.terms) for each in found):
-            return found + [_Opened(number=each, contract=self.accepted) for each in hidden]
+            return found + [Opened(number=each, contract=self.accepted) for each in hidden]
         kinds = (self.accepted.at(b""), self.accepted)
-        return found + [_Opened(number=each, contract=kind) for each in hidden for kind in kinds if each > 1 or kind is kinds[0]]
+        return found + [Opened(number=each, contract=kind) for each in hidden for kind in kinds if each > 1 or kind is kinds[0]]
 
-    def _opened(self, number: int, document: bytes, contract: Accepted, epoch: Epoch, logged: bytes | None) -> _Opened:
+    def _opened(self, number: int, document: bytes, contract: Accepted, epoch: Epoch, logged: bytes | None) -> Opened:
         witness = Witness(accepted=contract, epoch=epoch, silo=self.silo)
         body = witness.open(document, "manifest")
         ctx, contract = guardian_sum.round_ctx(body), contract.in_round(decode(body, Manifest).dimension)
         upload, ended = self.transport.get("upload", number, self.silo, wait_s=0), self._get("outcome", number)
         if logged is not None and (upload is None or hashlib.sha256(upload).digest() != logged):
             raise _hidden(number)
-        return _Opened(
+        return Opened(
             number=number, contract=contract, ctx=ctx,
             sent=None if upload is None else self._sent(upload, contract, epoch, ctx),
             ended=None if ended is None else self._ended(decode(witness.open(ended, "outcome"), Outcome), contract),
@@ -314,7 +240,7 @@ class _Board:
             return "void"
         return "without" if contract.terms.shared and self.silo not in dict(outcome.seeds) else "result"
 
-    def _sent(self, document: bytes, contract: Accepted, epoch: Epoch, ctx: bytes) -> _Sent:
+    def _sent(self, document: bytes, contract: Accepted, epoch: Epoch, ctx: bytes) -> Sent:
         """What the header in an upload states, once both signatures are verified as this silo's."""
         key, context = contract.terms.by_id(self.silo).verify_key, epoch.context
         body = envelope.open_signed(document, type="upload", context=context, sender=self.silo, key=key)
@@ -322,7 +248,7 @@ class _Board:
         header = decode(envelope.open_signed(raw, type="header", context=context, sender=self.silo, key=key), Header)
         if (header.round_ctx, header.silo) != (ctx, self.silo):
             raise TrustError("an upload of this silo stands in another round", hint="the aggregator is faulty", code="wrong-round")
-        return _Sent(attempt=header.attempt.hex(), counter=header.ledger_counter)
+        return Sent(attempt=header.attempt.hex(), counter=header.ledger_counter)
 
     def _epoch(self, number: int) -> tuple[Accepted, Epoch]:
         """The version of the contract under which an epoch was called, and the epoch by its roster."""

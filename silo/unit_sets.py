@@ -10,7 +10,8 @@ One JSON line, then one HMAC-SHA256 of a unit's id a line, in hex, ascending::
 The key is derived from the silo's ``selection.key`` and never leaves it; ``key`` in the first line is a check value that names
 it. The file's name is the SHA-256 of its bytes, which stands in the signed ledger. ``lasting`` is this silo's word, as
 ``[records] lasting_ids`` of its ``silo.toml`` gave it when the file was made, that the column names one unit by one id in every
-extract for ever; a file without it shows nothing, and later words change no earlier file.
+extract for ever, and that whether a unit is in an extract depends on that unit alone; a file without it shows nothing, and later
+words change no earlier file.
 
 **Formal guarantees**
 

@@ -27,7 +27,7 @@ from typing import Literal
 
 from privacy.dp import accounting, groups, overlap, unprotected
 from privacy.dp.accounting import Certificate
-from privacy.dp.declared import Declared
+from privacy.dp.declared import Declared, require_same_unit
 from privacy.dp.entries import Commit, Reserve, Void
 from privacy.dp.ledger import History, Ledger
 from privacy.dp.mechanism import Mechanism, Unprotected
@@ -166,7 +166,7 @@ class Account:
         Of everything on the ledger as one part. What other silos did in rounds without this one is not on it.
         """
         events = merged(event for charged in self._charged().values() for event in charged)
-        order = None if len(self._charged()) <= 1 else self._limits.filter_order
+        order = None if self._is_one_plan(tuple(self._charged())) else self._limits.filter_order
         return groups.epsilon_for(events, self._limits.delta, silos=silos, records=records, together=together, order=order)
 
     def same_units(self) -> tuple[str, ...]:
@@ -227,8 +227,16 @@ class Account:
 
     def _certified(self, charged: Mapping[str, Sequence[Mechanism]], part: Sequence[str]) -> Certificate:
         events = merged(event for contract in part for event in charged[contract])
-        order = None if len(part) <= 1 or unprotected.noised(events) is None else self._limits.filter_order
+        order = None if self._is_one_plan(part) or unprotected.noised(events) is None else self._limits.filter_order
         return unprotected.certify(events, self._limits.delta, order=order)
+
+
+    def _is_one_plan(self, part: Sequence[str]) -> bool:
+        """Whether all of a part was declared at once: one contract, in one home. Another may begin when it has seen the first."""
+        if len(part) != 1:
+            return not part
+        homes = self._history.charging(part[0])
+        return homes <= 1 if part[0] != self._contract or self._own.charging(part[0]) else homes == 0
 
 
 def _most(parts: Sequence[Part], delta: float) -> Certificate:
@@ -250,13 +258,13 @@ class Gate(Account):
     def __init__(
         self, ledger: Ledger, limits: Limits, *, plan: Mechanism, contract: str, steps_per_attempt: int,
         fewest: int | None = None, units: overlap.Read = overlap.nothing_shown, before: Mechanism | None = None,
-        beside: Sequence[History] = (),
+        beside: Sequence[History] = (), unit: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             ledger, limits, plan=plan, contract=contract, steps_per_attempt=steps_per_attempt, fewest=fewest, units=units,
             before=before, beside=beside,
         )  # fmt: skip
-        self._ledger = ledger
+        self._ledger, self._unit = ledger, unit
         self._draws: str | None = None
         self._fits: tuple[Mechanism, ...] | None = None
 
@@ -272,7 +280,8 @@ class Gate(Account):
 
         Raises:
             BudgetExhausted: that cost is above the limit.
-            PrivacyRefusal: another plan was declared under this contract, or it has no noise and this silo never said that it may.
+            PrivacyRefusal: another plan was declared under this contract; what is charged protects another kind of unit; or it has
+                no noise and this silo never said that it may.
         """
         known = self._ledger.plan(self._contract)
         if known is not None and not self._declared.is_on(known):
@@ -280,6 +289,8 @@ class Gate(Account):
                 f"this contract was declared with {known.mechanism.steps} steps, now its plan is another of {self._plan.steps}",
                 hint="a changed plan needs a new contract", code="plan-changed", contract=self._contract,
             )
+        if self.is_limited:
+            require_same_unit(self._history.entries, self._contract, self._unit)
         cost = self._with(self._rest())
         if known is None:
             if isinstance(self._plan, Unprotected):
@@ -288,7 +299,7 @@ class Gate(Account):
                 self._require_within(cost.epsilon)
             self._ledger.declare(
                 contract=self._contract, run=run, mechanism=self._plan, epsilon=self._limits.epsilon, delta=self._limits.delta,
-                units=self._draws, before=self._declared.before,
+                units=self._draws, before=self._declared.before, unit=self._unit,
             )  # fmt: skip
         return cost
 

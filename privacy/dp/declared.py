@@ -6,6 +6,8 @@
 - *Two mechanisms, one bound*: ``accounting.certify`` of ``rest`` of an empty ledger bounds every run under the plan. The plan is
   the basis rounds and then the training rounds, each fixed before the first; a run leaves some out: a slot without a release.
 - *Never more than declared*: no more basis rounds and no more training steps than the plan has are ``left``, whatever was run.
+- *One kind of unit*: ``require_same_unit`` lets no two kinds compose. A patient may have many records, and a record more or
+  less may move a patient's clipped sum by twice the clip: an epsilon of the one is none of the other, and nothing converts them.
 - *Over is over*: once a basis round ended with a result, or a training step is charged, no basis round is left.
 
 Not here: whether the silo's limits allow it (``privacy.dp.budget``).
@@ -19,6 +21,22 @@ from dataclasses import dataclass
 from privacy.dp.entries import Body, Commit, Plan, Reserve
 from privacy.dp.mechanism import Mechanism
 from privacy.errors import PrivacyRefusal
+
+
+def require_same_unit(entries: Sequence[Body], contract: str, unit: str | None) -> None:
+    """Return if no other run that is charged protects another kind of unit, as far as plans say it; None: nothing is said.
+
+    Raises:
+        PrivacyRefusal: one does; whoever they drew, for ids of two kinds cannot be compared.
+    """
+    charged = {body.contract for body in entries if isinstance(body, Reserve)} - {contract}
+    kinds = {body.unit for body in entries if isinstance(body, Plan) and body.contract in charged and body.unit is not None}
+    if unit is not None and (others := kinds - {unit}):
+        raise PrivacyRefusal(
+            f"this ledger has charges for the unit {min(others)!r}, the plan is for {unit!r}: their epsilons do not compose",
+            hint="agree on one unit; or use records that no such run used, as a silo of their own, with its own ledger",
+            code="other-unit",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A run declared before its first step: the whole plan against insiders, and the limits it was admitted under.
 
     ``units``: as in ``Reserve``, for the units it was admitted for. ``before``: the basis rounds that come before those of
-    ``mechanism``, where the contract has them.
+    ``mechanism``, where the contract has them. ``unit``: what the contract protects, as it names it; none in ledgers of earlier
+    versions.
     """
 
     kind: ClassVar[str] = "plan"
@@ -42,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     delta: float
     units: Digest | None = None
     before: Mechanism | None = None
+    unit: Text | None = None
 
 
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

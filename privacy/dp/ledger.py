@@ -88,6 +88,10 @@ class History:
                 steps[one] = steps.get(one, 0) + body.mechanism.steps
         return [one.with_steps(count) for one, count in steps.items()]
 
+    def charging(self, contract: str) -> int:
+        """How many ledgers, of this one, were charged under ``contract``: 0 or 1."""
+        return int(any(isinstance(body, Reserve) and body.contract == contract for body in self._bodies))
+
     def attempts(self, contract: str, round_number: int) -> list[str]:
         """The attempts reserved for a round, oldest first."""
         return [
@@ -228,12 +232,14 @@ class Ledger(History):
 
     def declare(
         self, *, contract: str, run: str, mechanism: Mechanism, epsilon: float, delta: float, units: str | None = None,
-        before: Mechanism | None = None,
+        before: Mechanism | None = None, unit: str | None = None,
     ) -> None:  # fmt: skip
-        """Write the whole plan of a run, the limits it was admitted under, and for which units (``entries.Reserve.units``)."""
+        """Write the whole plan of a run, the limits it was admitted under, and for which units (``entries.Plan``)."""
         self._append(
-            Plan(contract=contract, run=run, mechanism=mechanism, epsilon=epsilon, delta=delta, units=units, before=before)
-        )
+            Plan(
+                contract=contract, run=run, mechanism=mechanism, epsilon=epsilon, delta=delta, units=units, before=before, unit=unit
+            )
+        )  # fmt: skip
 
     def reserve(
         self, *, contract: str, round_number: int, attempt: str, mechanism: Mechanism, units: str | None = None

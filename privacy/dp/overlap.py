@@ -28,8 +28,10 @@ a set without a unit        unknown: nothing is shown by an empty file
 ==========================  =====================================================
 
 Not promised: that one person has one id. Two spellings, or ids that were drawn anew for an extract, are two units here; that is
-why a silo must give its word that its ids last before a file says so (``silo.unit_sets``). Nor that parts depend on no record: they
-do, and stay in the silo with every figure that follows from them.
+why a silo must give its word that its ids last before a file says so (``silo.unit_sets``). Nor that records were divided by a rule
+that looks at each unit by itself, which the same word says: in "the first thousand to one run, the rest to the next" one unit less
+moves another from run to run, and neighbours differ in more than one. Nor that parts depend on no record: they do, and stay in the
+silo with every figure that follows from them.
 """
 
 from __future__ import annotations

@@ -53,6 +53,10 @@ class Together(History):
         """Everything ever reserved on any of the ledgers, equal mechanisms merged."""
         return merged(event for each in self._all for event in each.charged(contract))
 
+    def charging(self, contract: str) -> int:
+        """How many of the ledgers were charged under ``contract``."""
+        return sum(each.charging(contract) for each in self._all)
+
     def attempts(self, contract: str, round_number: int) -> list[str]:
         """The attempts that its own ledger reserved for a round."""
         return self._own.attempts(contract, round_number)

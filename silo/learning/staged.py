@@ -73,11 +73,12 @@ class Staged:
     def _sketches(self) -> Sketch:
         if self._sketch is None:
             at = basis_round.terms_of(self._terms)
-            self._sketch = sketch.sketched(
+            built = sketch.sketched(
                 self._home, self._config, self._terms, basis_round.layout_of(at), plan=ring_plan(at),
                 max_grad_norm=at.privacy.max_grad_norm,
             )  # fmt: skip
-            unit_sets.require_named(self._sketch.unit_ids, self.unit_ids)
+            unit_sets.require_named(built.unit_ids, self.unit_ids)
+            self._sketch = built
         return self._sketch
 
     def _steps(self, digest: bytes) -> Contribution:
