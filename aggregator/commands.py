@@ -28,7 +28,7 @@ from aggregator.draft import Terms
 from aggregator.reporting import compliance, gathering, logged, no_guarantee, report
 from aggregator.reporting.record import Scalar
 from aggregator.store import Store
-from privacy import base_model
+from privacy import base_model, files
 from privacy.dp import unprotected
 from privacy.errors import ConfigError, MachineError
 from privacy.federation import Accepted, Model
@@ -248,13 +248,17 @@ def write_report(root: Path, folder: Path, facts: no_guarantee.AnyReport) -> tup
     """Put the report's digest into the log, and write the report, signed in the suite of the contract; its record and page.
 
     The same facts as before are the same report: no second leaf, and the record as it was made then.
+
+    Raises:
+        MachineError: another process writes a report of this home, or the folder cannot be written.
     """
     with opened(root) as at:
         identity, accepted = keys.load(at.home.identity_path), at.accepted
         signer = identity.under(accepted.terms.signatures)
         facts = logged.publish(at.store, signer, accepted, facts, now=time.time())
         _renew_head(at, identity)
-    return report.write(facts, folder, sign=signer.sign)
+    with files.locked(root / ".report.lock"):
+        return report.write(facts, folder, sign=signer.sign)
 
 
 def _renew_head(at: Opened, identity: keys.Identity) -> None:

@@ -324,7 +324,8 @@ def _gate(
                 code="no-room-to-join", epsilon_after=unprotected.figure(then), limit=limits.epsilon, delta=strictest.delta,
             )  # fmt: skip
         gate = Gate(
-            ledger, limits, plan=event, contract=run, steps_per_attempt=own.each, units=unit_sets.reader(home), beside=beside
+            ledger, limits, plan=event, contract=run, steps_per_attempt=own.each, units=unit_sets.reader(home), beside=beside,
+            unit=terms.privacy.unit,
         )  # fmt: skip
         yield gate, then
 
@@ -348,6 +349,8 @@ def _begin(home: Home, accepted: Accepted) -> Home:
     place = _place(home, accepted)
     for folder in (place.root.parent, place.root):
         files.make_folder(folder, mode=0o700)
+        with contextlib.suppress(PermissionError):
+            folder.chmod(0o700)  # a copy that was brought back may be open to everybody
         files.sweep(folder)
     files.write_once(place.root / _CONTRACT, accepted.raw, mode=files.PRIVATE)
     latest, line = place.root.with_name(_LATEST), accepted.digest.hex().encode() + b"\n"

@@ -43,7 +43,7 @@ def examine(root: Path, *, quick: bool = False) -> dict[str, Any]:
     home = Home(root)
     asked: list[tuple[str, Callable[[], str]]] = [
         ("settings", lambda: f"silo {_settings(home).name}"),
-        ("keys", lambda: f"{len(keyring.identities(home))} usable"),
+        ("keys", lambda: _keys(home)),
         ("arithmetic", _arithmetic),
         ("disk", lambda: _disk(root)),
         ("device", lambda: _device(home)),
@@ -70,6 +70,11 @@ def _answered(name: str, question: Callable[[], str]) -> Question:
 
 def _settings(home: Home) -> config.Config:
     return config.load(home.config_path)
+
+
+def _keys(home: Home) -> str:
+    _ = home.install_secret, home.selection_key  # each refuses where it is missing, or others can read it
+    return f"{len(keyring.identities(home))} usable"
 
 
 def _arithmetic() -> str:
@@ -110,6 +115,11 @@ def _ledger(home: Home) -> str:
 def _contract(home: Home) -> str:
     accepted = succession.if_joined(home)
     if accepted is None:
+        if home.progress() is not None:
+            raise ConfigError(
+                "this silo has a state and no contract that it countersigned",
+                hint="restore contract/ from the backup of this silo", code="not-joined",
+            )  # fmt: skip
         return "none joined yet"
     membership.check_expiry(accepted, datetime.now(UTC))
     watch.refuse_after_equivocation(home)

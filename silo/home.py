@@ -17,7 +17,8 @@
     alone/                 0700; runs of this silo by itself: contract and state of each, apart from the federation's (silo.alone)
     state.safetensors      the last settled round, its outcome's digest and the model state, in one atomic file; in local
                            mode also this silo's own optimiser
-    basis.safetensors      the factors that a basis round fixed, of which the state names the digest (silo.fixed_basis)
+    basis.safetensors      the factors that a basis round fixed, or the coordinator's public ones, held to a digest
+                           (silo.agreed_basis)
 
 Promised: a write happened whole or not at all, a promise is on the disk before the function returns and cannot be made
 twice with different content, and one process at a time works in a home. Not promised: that deleted secrets are gone from the

@@ -322,7 +322,7 @@ def test_the_adapter_is_chosen_at_the_beginning(terminal, tmp_path, model):
     assert usual["adapter"]["basis"] == "weights"
     ends = ("attention.self.value", "attention.output.dense")
     assert usual["adapter"]["modules"] == [name for name in draft["adapter"]["modules"] if name.endswith(ends)]
-    refused(terminal("aggregator init", *words, "--basis", "private", "--home", tmp_path / "b"), 3, "contract", "basis")
+    refused(terminal("aggregator init", *words, "--basis", "gradient", "--home", tmp_path / "b"), 3, "contract", "basis")
     refused(terminal("aggregator init", *words, "--targets", "uery", "--home", tmp_path / "b"), 3, "target-modules", "query")
 
 

@@ -91,7 +91,7 @@ def test_every_key_of_a_contract_stands_in_the_draft_under_a_comment(tmp_path):
     home, _, _ = made(tmp_path, silos=1)
     text = home.draft_path.read_text()
     stated = tomllib.loads(text)
-    absent = {"guardian", "in_force", "basis"}  # with shares; over one passed over; where the basis comes from records
+    absent = {"guardian", "in_force", "basis", "public_basis"}  # with shares; over one passed over; as the basis wants it
     assert set(stated) == set(Contract.__struct_fields__) - absent
     tables = ("Task", "Model", "Adapter", "Training", "Privacy", "Sum", "Aggregator")
     for table in tables:

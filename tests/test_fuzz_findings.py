@@ -17,7 +17,7 @@ from tests.fuzz.targets import TARGETS, attempt
 FINDINGS = Path(__file__).parent / "fuzz" / "findings"
 BROKEN_EACH = 300
 MOST_MEMORY = 64 * 2**20
-ANSWERS = ("log-path", "folder-names", "refusal", "bundle-payload")
+ANSWERS = ("log-path", "folder-names", "refusal", "bundle-payload", "unit-set")
 """Targets that answer everything with a value; all others must refuse what is broken."""
 PIECES = (
     b"", b"\0", b"\xff", b"\n", b"\r", b'"', b"\\", b"[" * 500, b"{" * 500, b'{"a":' * 300, b"(" * 100, b"0", b"-1", b"1e999",

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from privacy import federation
+from privacy import federation, files
 from privacy.dp import unprotected
 from privacy.dp.entries import Reserve
 from privacy.dp.ledger import History
-from privacy.errors import BudgetExhausted, LedgerBroken, PrivacyRefusal
+from privacy.errors import BudgetExhausted, LedgerBroken, MachineError, PrivacyRefusal
 from silo import alone, alone_kept, commands, config, doctor, keyring, reading, succession
 from silo.home import Home
 from tests import sessions, test_export
@@ -152,6 +152,27 @@ def test_room_to_join_is_asked_at_the_smaller_delta_of_the_two_contracts(tiny_be
         assert then == pytest.approx(unprotected.certify(ahead, 1e-7, order=limits.filter_order).epsilon, rel=1e-6)
 
 
+def test_two_at_once_are_one(north):
+    begun = history(north).counter
+    with Home(north).locked(), pytest.raises(MachineError, match="another process"), alone.training(north):
+        pass
+    with ledger_of(north), pytest.raises(MachineError, match="another process"), alone.training(north):
+        pass
+    assert history(north).counter == begun
+
+
+def ledger_of(root: Path):
+    return files.locked(root / "ledger.lock")
+
+
+def test_a_folder_that_was_brought_back_open_is_closed_again(north):
+    (north / "alone" / accepted(north).digest.hex()).mkdir(parents=True)
+    (north / "alone").chmod(0o755)
+    trained_alone(north, 1)
+    assert {path.stat().st_mode & 0o777 for path in (north / "alone").rglob("*") if path.is_dir()} == {0o700}
+    assert (north / "alone").stat().st_mode & 0o777 == 0o700
+
+
 def test_beside_a_federation_without_privacy_the_answer_is_still_one_json_document(north, terminal, monkeypatch):
     """Infinity is no JSON: the rounds were spent, and then the command ended with a traceback."""
     monkeypatch.setattr(alone, "_plan_left", lambda *_: [without_noise(north)])
@@ -198,6 +219,18 @@ def cut_after_a_promise(root: Path) -> None:
     Home(root).promise_manifest(9, bytes(32))
 
 
+def without_the_install_key(root: Path) -> None:
+    (root / "install.key").unlink()
+
+
+def an_install_key_for_everybody(root: Path) -> None:
+    (root / "install.key").chmod(0o644)
+
+
+def without_its_contract(root: Path) -> None:
+    (root / "contract" / "v1" / "countersignature-1").unlink()
+
+
 def too_little_left(root: Path) -> None:
     charged_alone(root, 10)
     limited(root, 2.5)
@@ -207,7 +240,8 @@ def too_little_left(root: Path) -> None:
     ("spoil", "named"),
     [
         (unfinished_restore, "ledger"), (cut_after_a_run_alone, "ledger"), (cut_after_a_promise, "ledger"),
-        (too_little_left, "limits"),
+        (too_little_left, "limits"), (without_the_install_key, "keys"), (an_install_key_for_everybody, "keys"),
+        (without_its_contract, "contract"),
     ],
 )  # fmt: skip
 def test_what_a_start_would_trip_over_is_seen(north, spoil, named):

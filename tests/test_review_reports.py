@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import threading
 from pathlib import Path
 
 import msgspec
@@ -365,27 +364,30 @@ def test_figures_of_two_moments_are_never_one_record(silos, tmp_path, monkeypatc
 # --- Two writers, other users, links ------------------------------------------------------------------------------------------
 
 
-def test_two_reports_at_once_are_never_mixed(silos, made, tmp_path):
+def test_two_reports_at_once_are_never_mixed(silos, made, tmp_path, monkeypatch):
     """The record of one with the signature of the other was no report of this silo."""
-    ended, begun = [], threading.Event()
+    real, others = files.write_atomic, []
 
-    def writing(report_):
-        begun.wait()
-        try:
-            ended.append(own.write(silos[0].root, tmp_path / "own", report_))
-        except MachineError as error:
-            ended.append(error.code)
+    def meanwhile(path, data, **options):
+        real(path, data, **options)
+        if not others:
+            others.append("begun")
+            with pytest.raises(MachineError, match="another process"):
+                own.write(silos[0].root, tmp_path / "own", msgspec.structs.replace(made, generated_at=NOW + 1))
+            others.append("refused")
 
-    several = [msgspec.structs.replace(made, generated_at=NOW + each) for each in range(3)]
-    threads = [threading.Thread(target=writing, args=(each,)) for each in several]
-    for each in threads:
-        each.start()
-    begun.set()
-    for each in threads:
-        each.join()
-    assert any(isinstance(each, Path) for each in ended)
-    assert {each for each in ended if isinstance(each, str)} <= {"busy"}
-    assert "failed" not in verified(silos[0], tmp_path / "own" / own.JSON_NAME).values()
+    monkeypatch.setattr(files, "write_atomic", meanwhile)
+    record = own.write(silos[0].root, tmp_path / "own", made)
+    assert others == ["begun", "refused"]
+    assert "failed" not in verified(silos[0], record).values()
+
+
+def test_two_reports_of_a_consortium_at_once_are_never_mixed(silos, tmp_path):
+    hub = silos[0].root.parent / "aggregator"
+    (hub / "model.json").write_text('{"lora_width": 1, "simulated": false}')
+    with files.locked(hub / ".report.lock"), pytest.raises(MachineError, match="another process"):
+        commands.write_report(hub, tmp_path / "report", commands.build_report(hub))
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_link_in_the_way_is_replaced_and_what_it_names_stays(silos, made, tmp_path):

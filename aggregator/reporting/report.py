@@ -75,7 +75,7 @@ def decode(data: bytes) -> AnyReport:
     try:
         is_open = data.startswith(b'{\n  "' + KEY.encode() + b'"')
         report: AnyReport = msgspec.json.decode(data, type=OpenReport) if is_open else msgspec.json.decode(data, type=Report)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrustError(f"not a report: {error}", hint="ask the aggregator for report.json again", code="malformed") from error
     if encode(report) != data:
         raise TrustError("the report is not in its canonical form", hint="ask for report.json as it was written", code="malformed")

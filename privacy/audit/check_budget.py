@@ -142,7 +142,7 @@ def _check_signature(report: bytes, signature: bytes, accepted: Accepted) -> Non
 def _parsed(report: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(report, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrustError(f"not a report: {error}", hint="ask for report.json as it was written", code="malformed") from error
 
 

@@ -135,7 +135,7 @@ def decode(data: bytes) -> SiloReport:
     """The report in ``data``, which must be exactly what ``encode`` writes. Raises TrustError when it is not."""
     try:
         report = msgspec.json.decode(data, type=SiloReport)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrustError(f"not a silo's report: {error}", hint="run `silo report` again", code="malformed") from error
     if encode(report) != data:
         raise TrustError("the report is not in its canonical form", hint="run `silo report` again", code="malformed")

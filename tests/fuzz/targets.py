@@ -219,7 +219,8 @@ def _ledger(data: bytes) -> object:
 
 def _a_ledger() -> bytes:
     mechanism = LatticeGaussian(sampling_rate=0.1, lattice_bits=18, share_variance=2**30, shares=2, dimension=100, steps=3)
-    basis, units = LatticeGaussian(sampling_rate=1.0, lattice_bits=16, share_variance=2**30, shares=2, dimension=9, steps=2), "22" * 32
+    basis = LatticeGaussian(sampling_rate=1.0, lattice_bits=16, share_variance=2**30, shares=2, dimension=9, steps=2)
+    units = "22" * 32
     with placed("made.jsonl", b"") as path:
         path.unlink()
         take = {"sign": lambda data: bytes(64), "verify": lambda data, signature: None, "clock": lambda: 1.5e9}
@@ -295,6 +296,17 @@ def _silo_report(data: bytes) -> object:
     from silo.reporting import record
 
     return record.decode(data)
+
+
+def _report(data: bytes) -> object:
+    """A report that somebody hands over: its JSON, and, where that holds, its schema."""
+    from aggregator.reporting import report
+    from privacy.audit import check_budget
+
+    found = check_budget._parsed(data)
+    with contextlib.suppress(TrustError):
+        report.decode(data)
+    return found
 
 
 # --- What comes over the network ---------------------------------------------------------------------------------------
@@ -534,6 +546,7 @@ TARGETS: dict[str, Target] = {
     "ledger": Target(_ledger, lambda: [_a_ledger()]),
     "unit-set": Target(_unit_set, _unit_sets),
     "silo-report": Target(_silo_report, _a_silo_report),
+    "report": Target(_report, lambda: [b'{"schema": "siloquy-report/2", "generated_at": 1, "contract": {"name": "\xc3\xa4"}}']),
     "basis-file": Target(_basis_file, _a_basis),
     "basis-recipe": Target(agreed_basis.recipe_in, lambda: [_public_contract()]),
     "jsonl": Target(_rows("r.jsonl"), lambda: [b'{"text": "a", "label": 1, "x": [null, 1e3]}\n\n{"text": "\\u00e4"}']),
