@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import plots, secure_sum
 from benchmarks.plots import Curve, Panel
+from privacy.secure_sum import merkle
 
 pytestmark = pytest.mark.slow
 
@@ -39,11 +40,12 @@ def test_an_upload_is_four_bytes_a_number_and_a_fixed_part(costs) -> None:
 
 
 def test_memory_of_the_sum_is_linear_in_d_and_independent_of_n(costs) -> None:
-    """It streams: a sum of eight vectors holds no more than one of three, to within 5 % and the small documents."""
+    """It streams: beside the total it holds the vectors that are read, hashed and added, however many there are (to within 5 %)."""
     for mode in secure_sum.MODES:
         peaks = {cost.silos: cost.peak for cost in costs if cost.mode == mode and cost.dimension == 300_000}
-        assert peaks[8] < 1.05 * peaks[3] + 100_000
-        assert peaks[3] < 5 * 4 * 300_000
+        for silos, peak in peaks.items():
+            held = 1 + min(silos, merkle.THREADS + 2)
+            assert peak < 1.05 * held * 4 * 300_000 + 100_000
     assert "bytes per number" in secure_sum.memory(costs)
 
 
