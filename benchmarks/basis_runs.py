@@ -143,8 +143,8 @@ def dealt(run: Run) -> Dealt:
     count = min(run.records or len(with_labels), len(with_labels))
     terms, folder = terms_of(run, labels, dealing.rounded_up(-(-count // SILOS)))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(with_labels))[:count]
-    train = encoded(run, terms, folder, [with_labels[index] for index in order])
-    held_out = encoded(run, terms, folder, [json.loads(line) for part in ("dev", "test") for line in lines(run, part)])
+    train = encoded([with_labels[index] for index in order], terms, folder)
+    held_out = encoded([json.loads(line) for part in ("dev", "test") for line in lines(run, part)], terms, folder)
     return Dealt(terms=terms, train=train, held_out=held_out, folder=folder)
 
 
@@ -154,14 +154,18 @@ def lines(run: Run, part: str) -> list[bytes]:
     return gzip.decompress(path.read_bytes()).splitlines() if path.exists() else []
 
 
-def encoded(run: Run, terms: Contract, folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[EncodedUnit, ...]:
-    """The rows as units of one record each, by the silo's own reader and tokenizer."""
-    private = msgspec.structs.replace(terms.privacy, unit=records.RECORD_AS_UNIT, max_records_per_unit=1)
-    text = "".join(json.dumps({"text": row["text"], "label": str(row["label"])}) + "\n" for row in rows)
+def encoded(rows: Sequence[dict[str, Any]], terms: Contract, folder: Path) -> tuple[EncodedUnit, ...]:
+    """The rows, single texts or premises with hypotheses, as units of one record each, by the silo's own reader and tokenizer."""
+
+    def record(row: dict[str, Any]) -> dict[str, str]:
+        texts = {"text": row["premise"], "text_pair": row["hypothesis"]} if terms.task.text_pair else {"text": row["text"]}
+        return {**texts, "label": str(row["label"])}
+
+    text = "".join(json.dumps(record(row)) + "\n" for row in rows)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "records.jsonl"
         path.write_text(text, encoding="utf-8")
-        found = records.load(path, terms.task, private, selection_key=bytes(32))
+        found = records.load(path, terms.task, terms.privacy, selection_key=bytes(32))
     return tuple(tokens.encode(found, folder, terms.task))
 
 

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import alone
 from silo.config import Compute
-from silo.learning import classifier, evaluation, local, records, tokens
+from silo.learning import classifier, evaluation, local
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution, resolve
 
@@ -112,26 +111,13 @@ def here(data: str, task: str, count: int, held_out: int, rounds: int, batch: in
     made = msgspec.structs.replace(
         made, task=msgspec.structs.replace(made.task, text_pair="premise" in rows[0], max_length=TASKS.get(task, 48))
     )
-    silos = tuple(encoded(rows[first::SILOS], made, folder) for first in range(SILOS))
-    return Here(terms=made, silos=silos, held_out=encoded(apart, made, folder), folder=folder)
+    silos = tuple(basis_runs.encoded(rows[first::SILOS], made, folder) for first in range(SILOS))
+    return Here(terms=made, silos=silos, held_out=basis_runs.encoded(apart, made, folder), folder=folder)
 
 
 def _shuffled(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
     return [rows[index] for index in order[: count or len(rows)]]
-
-
-def encoded(rows: Sequence[dict[str, Any]], terms: Contract, folder: Path) -> tuple[EncodedUnit, ...]:
-    """The rows as units of one record each, by the silo's own reader and tokenizer."""
-    pair = terms.task.text_pair
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "records.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            for row in rows:
-                texts = {"text": row["premise"], "text_pair": row["hypothesis"]} if pair else {"text": row["text"]}
-                file.write(json.dumps({**texts, "label": str(row["label"])}) + "\n")
-        found = records.load(path, terms.task, terms.privacy, selection_key=bytes(32))
-    return tuple(tokens.encode(found, folder, terms.task))
 
 
 def terms_of(run: Run, joint: Contract) -> Contract:

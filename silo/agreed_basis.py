@@ -41,15 +41,14 @@ def of(home: Home, terms: Contract, state: State) -> dict[str, Factors] | None:
     return fixed_basis.known(home, state) if terms.public_basis is None else public(home, terms)
 
 
+def pinned(home: Home, terms: Contract) -> dict[str, Factors] | None:
+    """The factors that the contract pins; None where it pins none. Raises TrustError as ``of``."""
+    return None if terms.public_basis is None else public(home, terms)
+
+
 def public(home: Home, terms: Contract) -> dict[str, Factors]:
     """The public factors of the contract, from this silo's file. Raises TrustError as ``of``."""
-    try:
-        raw = home.basis_path.read_bytes()
-    except OSError as error:
-        raise TrustError(
-            f"{home.basis_path.name} cannot be read: {error.strerror}", code="no-basis",
-            hint="ask the coordinator for it, then `silo join --basis FILE`, which can be run again",
-        ) from error  # fmt: skip
+    raw = fixed_basis.read(home, hint="ask the coordinator for it, then `silo join --basis FILE`, which can be run again")
     return basis_file.load_public(raw, terms)
 
 
@@ -70,12 +69,6 @@ def take(home: Home, terms: Contract, path: Path) -> None:
         raise ConfigError(f"cannot read {path}: {error.strerror}", hint="name the coordinator's file", code="no-file") from error
     basis_file.load_public(raw, terms)
     files.write_atomic(home.basis_path, raw)
-
-
-def require(home: Home, terms: Contract) -> None:
-    """Return if this silo has every factor that the contract says it must bring. Raises TrustError as ``of``."""
-    if terms.public_basis is not None:
-        public(home, terms)
 
 
 # --- Made from the data set ----------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def training(
     terms, run = terms_alone(accepted.terms), run_of(accepted.digest)
     with home.locked(), _gate(home, settings, accepted, terms, instead=instead) as (gate, then):
         progress_of(_place(home, accepted), run, terms)
-        bases = None if terms.public_basis is None else agreed_basis.public(home, terms)
+        bases = agreed_basis.pinned(home, terms)
         contribution = learning.build(home, settings, terms, bases=bases)
         ids, unit = contribution.unit_ids, terms.privacy.unit
         gate.draws_from(unit_sets.keep(home, ids, unit=unit, lasting=settings.records.lasting_ids))
@@ -263,7 +263,7 @@ def evaluate(root: Path, records: Path, *, threads: int | None = None) -> dict[s
     terms, run = terms_alone(accepted.terms), run_of(accepted.digest)
     progress = progress_of(_place(home, accepted), run, terms)
     compute = settings.compute if threads is None else msgspec.structs.replace(settings.compute, threads=threads)
-    bases = None if terms.public_basis is None else agreed_basis.public(home, terms)
+    bases = agreed_basis.pinned(home, terms)
     bench = evaluation.open_bench(terms, model=settings.model.path, compute=compute, bases=bases)
     facts: dict[str, Any] = {
         "accuracy_before": evaluation.evaluate(bench, None, records),

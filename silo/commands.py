@@ -164,7 +164,7 @@ class Visit:
     def _check_local(self, accepted: Accepted) -> None:
         """The last check before the signature: model and records fit, and the plan fits the ledger, which holds it from here on."""
         ids = membership.check_fit(accepted, config=self.settings, home=self.home)
-        agreed_basis.require(self.home, accepted.terms)
+        agreed_basis.pinned(self.home, accepted.terms)
         opened_rounds = succession.opened_rounds(self.home, self.transport) if self.fetched.before else 0
         with _gate(self.home, accepted, self.settings, opened_rounds, self.transport) as gate:
             gate.draws_from(_units(self.home, accepted, self.settings, ids))

@@ -34,14 +34,16 @@ def load(home: Home, digest: bytes) -> dict[str, Factors]:
     Raises:
         TrustError: the file is missing, damaged, or holds others.
     """
+    return basis_file.load(read(home, hint="run `silo train`: it fetches the basis again"), digest)
+
+
+def read(home: Home, *, hint: str) -> bytes:
+    """The bytes of the silo's file, not yet held to any digest. Raises TrustError with this hint when it cannot be read."""
     try:
-        raw = home.basis_path.read_bytes()
+        return home.basis_path.read_bytes()
     except OSError as error:
-        raise TrustError(
-            f"{home.basis_path.name} cannot be read: {error.strerror}", hint="run `silo train`: it fetches the basis again",
-            code="no-basis",
-        ) from error  # fmt: skip
-    return basis_file.load(raw, digest)
+        message = f"{home.basis_path.name} cannot be read: {error.strerror}"
+        raise TrustError(message, hint=hint, code="no-basis") from error
 
 
 def known(home: Home, state: State) -> dict[str, Factors] | None:

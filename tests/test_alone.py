@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from silo.home import Home
 from tests import crash, sessions
 from tests.sessions import Terminal
 from tests.terms import contract_bytes
-from tests.test_export import home_of
+from tests.test_export import copied, home_of
 from tests.test_local import changed_by_hand, keyed
 from tests.test_without_privacy import off_bytes
 from tests.whole import contribution
@@ -274,10 +273,7 @@ def joined(tiny_bert, tmp_path_factory) -> Path:
 @pytest.fixture
 def north(joined, tmp_path) -> Path:
     """A silo that joined, settled three rounds and paid for them; of it nobody else has a copy."""
-    root = shutil.copytree(joined, tmp_path / "north")
-    settings = (root / "silo.toml").read_text().replace(str(joined), str(root))
-    (root / "silo.toml").write_text(settings)
-    return root
+    return copied(joined, tmp_path / "north")
 
 
 @pytest.fixture

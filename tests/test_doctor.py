@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from silo import doctor
 from silo.learning import training
 from tests import sessions
 from tests.sessions import Terminal
-from tests.test_export import home_of
+from tests.test_export import copied, home_of
 from tests.test_selftest import no_clip
 
 ASKED = ["settings", "keys", "arithmetic", "disk", "device", "ledger", "contract", "limits", "base model", "records", "self-test"]
@@ -28,9 +27,7 @@ def joined(tiny_bert, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def north(joined, tmp_path) -> Path:
-    root = shutil.copytree(joined, tmp_path / "north")
-    (root / "silo.toml").write_text((root / "silo.toml").read_text().replace(str(joined), str(root)))
-    return root
+    return copied(joined, tmp_path / "north")
 
 
 def everything(root: Path) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -324,6 +325,13 @@ def test_the_guide_shows_the_cards_own_code():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     return sessions.tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def copied(root: Path, to: Path) -> Path:
+    """A copy of a silo's home that a test may spend; its settings name files of the copy."""
+    shutil.copytree(root, to)
+    (to / "silo.toml").write_text((to / "silo.toml").read_text().replace(str(root), str(to)))
+    return to
 
 
 def home_of(root: Path, model: Path, *, expires: str = "2099-12-31") -> Home:

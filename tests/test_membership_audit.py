@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,7 +28,7 @@ from tests import sessions
 from tests.sessions import Terminal
 from tests.terms import contract_bytes
 from tests.test_empirical_audit import BROKEN, often
-from tests.test_export import home_of
+from tests.test_export import copied, home_of
 
 RUNS, STEPS = 16, 16
 
@@ -186,9 +185,7 @@ def joined(tiny_bert, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def north(joined, tmp_path) -> Path:
-    root = shutil.copytree(joined, tmp_path / "north")
-    (root / "silo.toml").write_text((root / "silo.toml").read_text().replace(str(joined), str(root)))
-    return root
+    return copied(joined, tmp_path / "north")
 
 
 def everything(root: Path) -> dict[str, bytes]:

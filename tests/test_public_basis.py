@@ -295,7 +295,7 @@ def test_a_silo_takes_no_other_file_and_trains_without_none(world, tmp_path):
     terms, root = accepted_of(world).terms, world[0]
     home = silo_home(tmp_path, world)
     with pytest.raises(TrustError) as refused:
-        agreed_basis.require(home, terms)
+        agreed_basis.pinned(home, terms)
     assert refused.value.code == "no-basis"
     assert "--basis" in refused.value.hint
     (tmp_path / "other").write_bytes(basis_file.save(other_basis(terms)))
@@ -307,9 +307,9 @@ def test_a_silo_takes_no_other_file_and_trains_without_none(world, tmp_path):
     plain = federation.parse(contract_bytes()).terms
     with pytest.raises(ConfigError, match="needs no file"):
         agreed_basis.take(home, plain, root / "basis.safetensors")
-    agreed_basis.require(home, plain)
+    agreed_basis.pinned(home, plain)
     agreed_basis.take(home, terms, root / "basis.safetensors")
-    agreed_basis.require(home, terms)
+    agreed_basis.pinned(home, terms)
     shutil.copy(tmp_path / "other", home.basis_path)
     with pytest.raises(TrustError):
         agreed_basis.of(home, terms, initial(terms))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,7 @@ from tests.federation import NoBoard
 from tests.sessions import Terminal
 from tests.terms import contract_bytes
 from tests.test_alone import limited
-from tests.test_export import home_of
+from tests.test_export import copied, home_of
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +33,7 @@ def joined(tiny_bert, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def north(joined, tmp_path) -> Path:
-    root = shutil.copytree(joined, tmp_path / "north")
-    (root / "silo.toml").write_text((root / "silo.toml").read_text().replace(str(joined), str(root)))
-    return root
+    return copied(joined, tmp_path / "north")
 
 
 @pytest.fixture

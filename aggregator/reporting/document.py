@@ -44,7 +44,6 @@ _NOT_COMPUTED = Span(text="not computed", style="note")
 def of(report: Report, digest: str) -> Document:
     """The document of a record with this hex SHA-256."""
     f, limit = report.federation, report.silos[0].limit
-    results = sum(each.kind == "result" for each in report.rounds)
     return Document(
         name=f"Privacy report: {f.name}",
         eyebrow="Privacy report",
@@ -53,10 +52,7 @@ def of(report: Report, digest: str) -> Document:
         figures=(
             Headline(label="ε spent", value=up(report.accounting.spent.epsilon), small=f"of {limit:g}, the limit"),
             Headline(label="δ", value=scientific(report.guarantee.delta), small="failure probability"),
-            Headline(label="Silos", value=str(len(report.silos)), small=f"{f.mode} mode, version {f.version}"),
-            Headline(
-                label="Rounds", value=str(len(report.rounds)), small=f"{results} with a result, {len(report.rounds) - results} void"
-            ),
+            *sections.size_of(report),
         ),
         sections=(
             Section(key="summary", title="Summary", blocks=(*paragraphs(*report.summary[1:]), sections.made(report))),

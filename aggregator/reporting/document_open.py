@@ -15,7 +15,6 @@ from privacy.reporting.numbers import plain, size
 def of(report: OpenReport, digest: str) -> Document:
     """The document of a record with this hex SHA-256."""
     f, seen = report.federation, report.participation
-    results = sum(each.kind == "result" for each in report.rounds)
     return Document(
         name=f"No differential privacy: {f.name}",
         eyebrow=f"Report on {f.name}",
@@ -24,10 +23,7 @@ def of(report: OpenReport, digest: str) -> Document:
         figures=(
             Headline(label="ε", value="none", small=report.accounting.reason),
             Headline(label="Rank", value=str(seen.rank), small=f"of the participation matrix, for {seen.silos} silos"),
-            Headline(label="Silos", value=str(len(report.silos)), small=f"{f.mode} mode, version {f.version}"),
-            Headline(
-                label="Rounds", value=str(len(report.rounds)), small=f"{results} with a result, {len(report.rounds) - results} void"
-            ),
+            *sections.size_of(report),
         ),
         sections=(
             Section(key="summary", title="Summary", blocks=(*paragraphs(*report.summary[1:]), sections.made(report))),

@@ -10,6 +10,7 @@ from privacy.reporting.blocks import (
     Bullets,
     Figure,
     Heading,
+    Headline,
     Inline,
     Paragraph,
     Row,
@@ -26,6 +27,16 @@ from privacy.reporting.blocks import (
 from privacy.reporting.numbers import groups, plain, size, utc
 
 _LAYERS = {"top": "top of the pyramid", "middle": "middle", "base": "base", "hazard": "hazard"}
+
+
+def size_of(report: AnyReport) -> tuple[Headline, Headline]:
+    """How many silos and rounds there are, for the head of the report."""
+    f, results = report.federation, sum(each.kind == "result" for each in report.rounds)
+    ended = f"{results} with a result, {len(report.rounds) - results} void"
+    return (
+        Headline(label="Silos", value=str(len(report.silos)), small=f"{f.mode} mode, version {f.version}"),
+        Headline(label="Rounds", value=str(len(report.rounds)), small=ended),
+    )
 
 
 def made(report: AnyReport) -> Paragraph:

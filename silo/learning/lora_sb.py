@@ -38,7 +38,30 @@ def matrix(base: Base) -> Tensor:
     return weight.T if isinstance(base, Conv1D) else weight
 
 
-class LoraSb(nn.Module):
+class Around(nn.Module):
+    """A layer in the place of ``base``, which it freezes and calls.
+
+    ``weight`` and ``bias`` are the base's own, for models that look at them before they call a layer.
+    """
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight, as it stores it."""
+        weight: Tensor = self.base.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's own bias."""
+        bias: Tensor | None = self.base.bias
+        return bias
+
+
+class LoraSb(Around):
     """``y = base(x) + scale · B(R(A x))`` with B ``(m, r)``, A ``(r, n)`` and R ``(r, r)``, all float32.
 
     With h > 1 ``heads`` the parameter R is ``(h, r/h, r/h)``: the blocks of a block-diagonal R, which ``core`` shows whole.
@@ -56,7 +79,7 @@ class LoraSb(nn.Module):
     B: Tensor
 
     def __init__(self, base: Base, factors: Factors, scale: float, heads: int = 1) -> None:
-        super().__init__()
+        super().__init__(base)
         b, a = factors
         m, n = matrix(base).shape
         wanted = ((m, a.shape[0]), (a.shape[0], n))
@@ -69,7 +92,6 @@ class LoraSb(nn.Module):
         if rest:
             raise ConfigError(f"{len(a)} vectors do not part into {heads} heads", hint="compute a basis of heads x rank vectors")
         device = base.weight.device
-        self.base = base.requires_grad_(False)
         self.register_buffer("B", torch.tensor(b, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("A", torch.tensor(a, dtype=torch.float32, device=device), persistent=False)
         shape = (size, size) if heads == 1 else (heads, size, size)
@@ -96,18 +118,6 @@ class LoraSb(nn.Module):
             return self.R
         whole: Tensor = torch.block_diag(*self.R)  # type: ignore[no-untyped-call]
         return whole
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's own weight, as it stores it."""
-        weight: Tensor = self.base.weight
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's own bias."""
-        bias: Tensor | None = self.base.bias
-        return bias
 
     def merged_weight(self) -> Tensor:
         """W0 + scale · B R A float64, in the base's own orientation: the ``weight`` with which ``base`` alone computes the same.

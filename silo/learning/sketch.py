@@ -32,7 +32,7 @@ from silo.learning import classifier, records, tokens
 from silo.learning.classifier import Classifier, Precision
 from silo.learning.gradients import PhysicalBatch, Slot, Tape, as_batch, bucket, pack, rowwise_linear, unit_gradients
 from silo.learning.invariance import check_invariance, probe
-from silo.learning.lora_sb import Adapter, Base, find_linear, matrix
+from silo.learning.lora_sb import Adapter, Around, Base, find_linear, matrix
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import resolve, rows_for
 
@@ -40,7 +40,7 @@ TAPE_BYTES = 1 << 28
 """Per-row gradients held at a time, unless one unit's rows alone are more: a sketch is larger than an adapter."""
 
 
-class SketchLayer(nn.Module):
+class SketchLayer(Around):
     """``y = base(x) + B′(Ωᵀx) + Ψ(A′x)``; without ``directions`` ``y = base(x) + W′x``. All zero until a test writes into them.
 
     ``zeros`` are B′ ``(m, l)`` and A′ ``(l, n)``, or W′ ``(m, n)``; ``slots``, one for each, are set while gradients are recorded.
@@ -50,14 +50,13 @@ class SketchLayer(nn.Module):
     """
 
     def __init__(self, base: Base, shape: tuple[int, int], directions: Directions | None) -> None:
-        super().__init__()
+        super().__init__(base)
         (m, n), device = shape, base.weight.device
         if tuple(matrix(base).shape) != (m, n):
             raise ConfigError(
                 f"a layer has a weight of shape {tuple(matrix(base).shape)}, the contract says {(m, n)}",
                 hint="compare [basis] shapes of federation.toml with the base model",
             )
-        self.base = base.requires_grad_(False)
         self.slots: tuple[Slot, ...] = ()
         sides = [(m, n)]
         if directions is not None:
@@ -75,18 +74,6 @@ class SketchLayer(nn.Module):
         left = rowwise_linear(functional.linear(x, self.get_buffer("into")), self.zeros[0], None, first)
         right = functional.linear(rowwise_linear(x, self.zeros[1], None, second[0]), self.get_buffer("out"))
         return torch.add(self.base(x), left + right)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's own weight, for models that look at it before they call the layer."""
-        weight: Tensor = self.base.weight
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's own bias."""
-        bias: Tensor | None = self.base.bias
-        return bias
 
 
 class SketchModel(Classifier):
