@@ -67,6 +67,7 @@ class Run:
     learning_rate: float = defaults.LEARNING_RATE
     model: str = base_model.MINILM
     precision: str = "auto"
+    last_layers: int = defaults.LAST_LAYERS
 
     @property
     def kind(self) -> str:
@@ -108,7 +109,7 @@ class Dealt:
 
 def terms_of(run: Run, labels: Sequence[str], units: int) -> tuple[Contract, Path]:
     """(A contract of three silos, noise not yet calibrated; the model's folder)."""
-    model, modules, _ = commands.describe_model(run.model, (defaults.TARGETS,), last_layers=defaults.LAST_LAYERS)
+    model, modules, _ = commands.describe_model(run.model, (defaults.TARGETS,), last_layers=run.last_layers)
     rank = max(1, int(run.rank / math.sqrt(run.heads)))
     members = tuple(Member(id=k, name=f"silo-{k}", organisation="-", sign_key=f"{k:02x}" * 32) for k in range(1, SILOS + 1))
     made = Contract(

@@ -12,6 +12,8 @@ joint     one step of all silos a round; each silo adds a share of the noise, on
 local     each silo takes ``--local-steps`` steps of its own with the noise in full, then the changes are averaged
 alone     one silo on its own records (``silo train --alone``): what it has without a federation
 
+Without noise pooled and joint are one computation, which is run once, as joint.
+
 Sampling, gradients, clip on the lattice, noise and update rule are the library's own, in one process; keys, masks and ledgers are
 left out, since sums are the same bit for bit (tests/test_pooled.py). Randomness is the operating system's: a seed numbers a
 repetition. Nothing is charged and the accuracy is exact, so this is for public data sets alone. epsilon ``inf``: no noise.
@@ -27,7 +29,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import alone
 from silo.config import Compute
-from silo.learning import classifier, evaluation, local
+from silo.learning import classifier, evaluation, local, prefix
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution, resolve
 
@@ -75,6 +77,9 @@ class Run:
     rank: int = defaults.RANK
     model: str = base_model.MINILM
     precision: str = "auto"
+    rows_tokens: int = Compute().rows_tokens
+    last_layers: int = defaults.LAST_LAYERS
+    learning_rate: float = defaults.LEARNING_RATE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Here:
     """A task: the terms of joint mode but for the noise, each silo's units, the held-out units, the model's folder."""
 
@@ -99,20 +104,26 @@ class Here:
 
 
 @functools.lru_cache(maxsize=2)
-def here(data: str, task: str, count: int, held_out: int, rounds: int, batch: int, rank: int, model: str) -> Here:
-    """The records of a task, the first ``count`` of a shuffle that is the same for all runs, dealt to the silos."""
+def here(run: Run) -> Here:
+    """The records of a task, the first ``run.records`` of a shuffle that is the same for all runs, dealt to the silos."""
     names = basis_runs.Run(
-        data=data, task=task, basis="weights", epsilon=8.0, seed=0, rounds=rounds, batch=batch, rank=rank, model=model
-    )
-    rows = _shuffled([json.loads(line) for line in basis_runs.lines(names, "train")], count)
-    apart = _shuffled([json.loads(line) for part in HELD_OUT for line in basis_runs.lines(names, part)], held_out)
+        data=run.data, task=run.task, basis="weights", epsilon=8.0, seed=0, rounds=run.rounds, batch=run.batch, rank=run.rank,
+        model=run.model, last_layers=run.last_layers, learning_rate=run.learning_rate,
+    )  # fmt: skip
+    rows = _shuffled([json.loads(line) for line in basis_runs.lines(names, "train")], run.records)
+    apart = _shuffled([json.loads(line) for part in HELD_OUT for line in basis_runs.lines(names, part)], run.held_out)
     units = dealing.rounded_up(-(-len(rows) // SILOS))
     made, folder = basis_runs.terms_of(names, sorted({str(row["label"]) for row in rows}), units)
     made = msgspec.structs.replace(
-        made, task=msgspec.structs.replace(made.task, text_pair="premise" in rows[0], max_length=TASKS.get(task, 48))
+        made, task=msgspec.structs.replace(made.task, text_pair="premise" in rows[0], max_length=TASKS.get(run.task, 48))
     )
     silos = tuple(basis_runs.encoded(rows[first::SILOS], made, folder) for first in range(SILOS))
     return Here(terms=made, silos=silos, held_out=basis_runs.encoded(apart, made, folder), folder=folder)
+
+
+def data_of(run: Run) -> Run:
+    """The part of a run that its records and its terms but for the noise depend on: one key for all modes, epsilons and seeds."""
+    return replace(run, mode="joint", epsilon=8.0, seed=0, local_steps=1)
 
 
 def _shuffled(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -133,18 +144,26 @@ def terms_of(run: Run, joint: Contract) -> Contract:
     return basis_runs.with_noise(msgspec.structs.replace(joint, training=training), 1.0)
 
 
-def trained(run: Run, terms: Contract, model: classifier.Classifier, silos: Sequence[Sequence[EncodedUnit]]) -> State:
+@functools.lru_cache(maxsize=1)
+def started(at: Here, precision: str, rows_tokens: int) -> Contribution:
+    """The model and its start-up tests, once for all runs of a task; frozen layers below the adapters are computed once too."""
+    device, found = resolve(Compute(device="cpu", precision=precision, threads=1))  # type: ignore[arg-type]
+    model = classifier.build(at.folder, at.terms, precision=found, device=device)
+    return Contribution(at.terms, model, (), rows_tokens=rows_tokens, prefix_bytes=16 * prefix.GIB)
+
+
+def trained(run: Run, terms: Contract, begun: Contribution, silos: Sequence[Sequence[EncodedUnit]]) -> State:
     """The state after all rounds."""
-    rows_tokens, state = Compute().rows_tokens, update_rule.initial(terms)
+    state = update_rule.initial(terms)
     if run.mode in ("pooled", "joint"):
-        everybody = Contribution(terms, model, [unit for silo in silos for unit in silo], rows_tokens=rows_tokens)
+        everybody = begun.on(terms, [unit for silo in silos for unit in silo])
         for _ in range(terms.training.rounds):
             total = everybody(state)
             if terms.is_private:
                 total = total + drawn(terms, SILOS if run.mode == "joint" else terms.shares)
             state = update_rule.advance(state, total, terms)
         return state
-    here = [Contribution(terms, model, units, rows_tokens=rows_tokens) for units in silos]
+    here = [begun.on(terms, units) for units in silos]
     if run.mode == "alone":
         for number in range(1, terms.training.rounds + 1):
             state = alone.stepped(state, terms, number, contribute=here[run.seed % SILOS], randomness=Randomness.from_os)
@@ -170,17 +189,15 @@ def drawn(terms: Contract, shares: int) -> NDArray[np.int64]:
 def measured(run: Run) -> Row:
     """The run."""
     begun = time.perf_counter()
-    at = here(run.data, run.task, run.records, run.held_out, run.rounds, run.batch, run.rank, run.model)
+    at = here(data_of(run))
     terms = terms_of(run, at.terms)
     if math.isinf(run.epsilon):
         terms = msgspec.structs.replace(terms, privacy=msgspec.structs.replace(terms.privacy, **OFF))
     else:
         terms, _ = basis_runs.calibrated(terms, (), run.epsilon)
-    device, precision = resolve(Compute(device="cpu", precision=run.precision, threads=1))  # type: ignore[arg-type]
-    model = classifier.build(at.folder, terms, precision=precision, device=device)
-    state = trained(run, terms, model, at.silos)
-    model.write(state.theta)
-    accuracy = evaluation.accuracy(model, at.held_out, terms=terms, rows_tokens=Compute().rows_tokens)
+    contribution = started(at, run.precision, run.rows_tokens)
+    contribution.model.write(trained(run, terms, contribution, at.silos).theta)
+    accuracy = evaluation.accuracy(contribution.model, at.held_out, terms=terms, rows_tokens=run.rows_tokens)
     return Row(
         run=run, accuracy=accuracy, noise_multiplier=terms.privacy.noise_multiplier, delta=at.terms.privacy.delta,
         seconds=time.perf_counter() - begun,
@@ -212,7 +229,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     for task, epsilon in sorted({(task, epsilon) for task, epsilon, _ in found}):
         cells, counts = [], []
         for mode in MODES:
-            mean, spread, count = found.get((task, epsilon, mode), (math.nan, 0.0, 0))
+            same = "joint" if mode == "pooled" and math.isinf(epsilon) else mode
+            mean, spread, count = found.get((task, epsilon, same), (math.nan, 0.0, 0))
             cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}" if count else "–")
             counts.append(count)
         head.append(f"| {task} | {epsilon:g} | {' | '.join(cells)} | {max(counts)} |")
@@ -253,15 +271,35 @@ def main(words: Sequence[str] | None = None, *, say: Callable[[str], None] = _SA
     parser.add_argument("--held-out", type=int, default=0, help="held-out records; 0 takes all")
     parser.add_argument("--local-steps", type=int, default=5)
     parser.add_argument("--rank", type=int, default=defaults.RANK)
+    parser.add_argument(
+        "--last-layers", type=int, default=defaults.LAST_LAYERS, help="how many of the model's layers carry adapters"
+    )
+    parser.add_argument("--learning-rate", type=float, default=defaults.LEARNING_RATE)
     parser.add_argument("--model", default=base_model.MINILM)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument(
+        "--rows-tokens", type=int, default=Compute().rows_tokens, help="tokens of a physical batch; less for small ones"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none but this")
     options = parser.parse_args(words)
-    names = ("rounds", "batch", "records", "held_out", "local_steps", "rank", "model", "precision")
+    names = (
+        "rounds",
+        "batch",
+        "records",
+        "held_out",
+        "local_steps",
+        "rank",
+        "model",
+        "precision",
+        "rows_tokens",
+        "last_layers",
+        "learning_rate",
+    )
     shared = {"data": str(options.data), **{name: getattr(options, name) for name in names}}
     grid = [
         Run(task=task, mode=mode, epsilon=epsilon, seed=seed, **shared)
         for seed in range(options.seeds) for task in options.tasks for epsilon in options.epsilons for mode in options.modes
+        if not (mode == "pooled" and math.isinf(epsilon))
     ]  # fmt: skip
     done = finished(options.results)
     for row in runs.worked_off([run for run in grid if run not in done], measured, options.results, options.workers):

@@ -32,10 +32,10 @@ from silo.learning.tokens import EncodedUnit
 RANK, LABELS, HIDDEN = 32, 3, 384
 
 
-def minilm(path: Path, precision: Precision) -> Classifier:
-    """MiniLM with query and value adapters and a head, at a non-zero state."""
+def minilm(path: Path, precision: Precision, last_layers: int = 6) -> Classifier:
+    """MiniLM with query and value adapters in its last layers, and a head, at a non-zero state."""
     encoder = AutoModel.from_pretrained(path, local_files_only=True, attn_implementation="eager")
-    names = [f"encoder.layer.{i}.attention.self.{leaf}" for i in range(6) for leaf in ("query", "value")]
+    names = [f"encoder.layer.{i}.attention.self.{leaf}" for i in range(6 - last_layers, 6) for leaf in ("query", "value")]
     bases = {name: basis.weights_basis(find_linear(encoder, name).weight.detach().double().numpy(), RANK) for name in names}
     model = Classifier(
         encoder, attach(encoder, names, bases, 1.0), torch.nn.Linear(HIDDEN, LABELS),

@@ -67,12 +67,17 @@ class Limits(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Compute(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How this machine computes. Changing it does not touch epsilon (a unit's integers are computed from that unit alone)."""
+    """How this machine computes. Changing it does not touch epsilon (a unit's integers are computed from that unit alone).
+
+    ``prefix_cache_gib``: the most disk that a running ``silo train`` uses for what the frozen layers below the adapters give
+    (silo.learning.prefix); 0: none.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     rows_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**24)] = 1024
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    prefix_cache_gib: Annotated[float, msgspec.Meta(ge=0.0, le=2.0**20)] = 4.0
 
 
 class Model(Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -153,6 +158,7 @@ def write_commented(
         precision=quote(how.precision),
         rows_tokens=how.rows_tokens,
         threads=how.threads,
+        prefix_cache_gib=how.prefix_cache_gib,
         model=quote(model),
     )
     try:
@@ -192,6 +198,7 @@ device = {device}        # auto | cpu | cuda
 precision = {precision}     # auto | float32 | bfloat16
 rows_tokens = {rows_tokens}     # tokens in one physical batch: the knob for memory and speed; a GPU likes 16384
 threads = {threads}
+prefix_cache_gib = {prefix_cache_gib}   # disk that a running train uses to compute frozen layers once per record; 0: none
 
 [model]
 # A local copy of the base model. Empty: found by the contract's name. Its digest is compared with the contract either way.

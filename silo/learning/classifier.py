@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +30,7 @@ from privacy.orthonormal import Factors
 from silo.learning import basis
 from silo.learning.gradients import PhysicalBatch, Slot, rowwise_linear
 from silo.learning.lora_sb import Adapter, attach, find_linear, matrix
+from silo.learning.prefix import Prefix
 
 Precision = Literal["float32", "bfloat16"]
 Pooling = Literal["mean", "cls", "last"]
@@ -62,6 +64,7 @@ class Classifier(nn.Module):
         self.precision = precision
         self.basis_digest = basis_digest
         self.takes_types = _takes_types(encoder)
+        self.prefix = Prefix.below(encoder, adapter.names)
         self.head_slot: Slot | None = None
         self.eval()
 
@@ -87,14 +90,24 @@ class Classifier(nn.Module):
 
     def features(self, batch: PhysicalBatch) -> Tensor:
         """What the head sees: the pooled, scaled vector ``(rows, hidden)`` float32."""
+        encode = partial(self._encode, batch)
+        found = encode() if self.prefix is None else self.prefix.run(encode, batch)
+        hidden = found.last_hidden_state  # (rows, L, hidden)
+        weights = _pooling_weights(batch.attention_mask, self.pooling)  # (rows, L)
+        pooled: Tensor = self.head_scale * (hidden.float() * weights[:, :, None]).sum(dim=1)
+        return pooled
+
+    def keep_prefix(self, batch: PhysicalBatch) -> None:
+        """Compute what the frozen layers below the adapters give for ``batch``, and keep it, if that is on."""
+        if self.prefix is not None:
+            self.prefix.fill(partial(self._encode, batch), batch)
+
+    def _encode(self, batch: PhysicalBatch) -> Any:  # noqa: ANN401  (each architecture has its own type)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None and self.takes_types:
             inputs["token_type_ids"] = batch.token_type_ids
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            hidden = self.encoder(**inputs).last_hidden_state  # (rows, L, hidden)
-        weights = _pooling_weights(batch.attention_mask, self.pooling)  # (rows, L)
-        pooled: Tensor = self.head_scale * (hidden.float() * weights[:, :, None]).sum(dim=1)
-        return pooled
+            return self.encoder(**inputs)
 
     def row_losses(self, batch: PhysicalBatch) -> Tensor:
         """Cross entropy of each row, ``(rows,)``: never the mean over rows, and never the encoder's own loss."""

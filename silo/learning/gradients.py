@@ -245,15 +245,16 @@ def pack(units: Sequence[EncodedUnit], rows_for: RowsFor, *, max_length: int) ->
         yield from (as_batch(batch, length, rows_for(length)) for batch in batches)
 
 
-def _longest(unit: EncodedUnit) -> int:
-    return max(len(input_ids) for input_ids, _, _ in unit.rows)
+def length_of(unit: EncodedUnit, max_length: int) -> int:
+    """L of the physical batch that ``unit`` goes into: the bucket of its longest record."""
+    return bucket(max(len(input_ids) for input_ids, _, _ in unit.rows), max_length)
 
 
 def _shape(unit: EncodedUnit, rows_for: RowsFor, max_length: int) -> tuple[int, int]:
     """(L, rows) of the physical batch that ``unit`` goes into."""
     if not unit.rows:
         raise ConfigError("a privacy unit without records was sampled", hint="drop units without records while reading")
-    length = bucket(_longest(unit), max_length)
+    length = length_of(unit, max_length)
     rows = rows_for(length)
     if len(unit.rows) > rows:
         raise ConfigError(

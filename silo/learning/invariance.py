@@ -83,7 +83,7 @@ def check_invariance(model: Classifier, rows_for: RowsFor, *, max_length: int, m
             alone[length] = run([one], length)[0]
             verdicts.append(_compare([one] * rows_for(length), length, alone[length], run))
         for length in reversed(lengths):
-            verdicts += [_compare(units, length, alone[length], run) for units in _mixed(model, length, rows_for(length), most)]
+            verdicts += [_compare(units, length, alone[length], run) for units in mixed(model, length, rows_for(length), most)]
     return all(verdicts)
 
 
@@ -102,7 +102,7 @@ def _compare(units: Sequence[EncodedUnit], length: int, alone: Tensor, run: Call
     return all(torch.equal(seen.setdefault(unit.id, row), row) for unit, row in zip(units, bits, strict=True))
 
 
-def _mixed(model: Classifier, length: int, rows: int, most: int) -> list[list[EncodedUnit]]:
+def mixed(model: Classifier, length: int, rows: int, most: int) -> list[list[EncodedUnit]]:
     """Batches of the probe among others. One that begins with the probe comes first: it tells company and memory from slots."""
     one, short, long, half = (
         probe(model, [tokens], seed=seed) for seed, tokens in enumerate((length, 1, length, (length + 1) // 2))

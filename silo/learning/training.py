@@ -9,13 +9,14 @@ not a loss, not a norm. Not promised: that the time a step takes is independent 
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from privacy.dp import ring
 from privacy.dp.lattice import sum_lattice, to_lattice
-from privacy.errors import MachineError
+from privacy.errors import ConfigError, MachineError
 from privacy.federation import Contract, ring_plan
 from privacy.orthonormal import Factors
 from privacy.prg import Randomness
@@ -32,10 +33,10 @@ from privacy.update_rule import State
 from silo import membership
 from silo.config import Compute, Config
 from silo.home import Home
-from silo.learning import classifier, records, tokens
+from silo.learning import classifier, prefix, records, tokens
 from silo.learning.classifier import Classifier
-from silo.learning.gradients import PhysicalBatch, RowsFor, Tape, as_batch, bucket, pack, unit_gradients
-from silo.learning.invariance import check_invariance, probe
+from silo.learning.gradients import PhysicalBatch, RowsFor, Tape, as_batch, bucket, buckets, length_of, pack, unit_gradients
+from silo.learning.invariance import check_invariance, mixed, probe
 from silo.learning.sampling import Words, poisson
 from silo.learning.tokens import EncodedUnit
 
@@ -63,6 +64,8 @@ class Contribution:
         rows_tokens: tokens in one physical batch: memory and speed. Another value may change the last bits of any unit's integers
             (other shapes, other kernels); within a run it is a constant of the machine.
         randomness: gives a fresh source for every attempt's sample.
+        prefix_bytes, prefix_folder: how much of what the frozen layers below the adapters give is kept on disk, and where
+            (silo.learning.prefix); 0: nothing. It changes no bit, which is tested at the start, and where it would it is left out.
 
     Formal guarantees:
         - *Fresh Poisson sample*: every call draws its own sample with its own source (silo.learning.sampling.poisson), never cut.
@@ -86,6 +89,8 @@ class Contribution:
         *,
         rows_tokens: int,
         randomness: Callable[[], Words] = Randomness.from_os,
+        prefix_bytes: int = 0,
+        prefix_folder: Path | None = None,
     ) -> None:
         self.model = model
         self._terms = terms
@@ -98,6 +103,10 @@ class Contribution:
         self._together = check_invariance(model, self._rows_for, max_length=longest, most=most)
         if not self._together:
             self._rows_for = rows_for(1, most)
+        if model.prefix is not None and prefix_bytes:
+            model.prefix.keep(prefix_folder, prefix_bytes)
+            if not prefix.agrees(model.prefix, self._gradient, self._probes(longest, most)):
+                model.prefix.drop()
 
     @property
     def basis_digest(self) -> bytes:
@@ -108,6 +117,19 @@ class Contribution:
     def unit_ids(self) -> tuple[str, ...]:
         """The ids of all units that a sample is drawn from. They never leave the silo."""
         return tuple(unit.id for unit in self._units)
+
+    def on(self, terms: Contract, units: Sequence[EncodedUnit]) -> Self:
+        """The same model and layout for other ``units`` and other noise; what was tested at the start is not tested again.
+
+        Raises:
+            ConfigError: ``terms`` has another task, model, adapter or bound on the records of a unit.
+        """
+        mine, theirs = ((each.task, each.model, each.adapter, each.privacy.max_records_per_unit) for each in (self._terms, terms))
+        if mine != theirs:
+            raise ConfigError("another task, model or adapter needs a start of its own", hint="build a contribution for it")
+        other = copy.copy(self)
+        other._terms, other._units = terms, tuple(units)
+        return other
 
     def __call__(self, state: State) -> NDArray[np.int64]:
         """The clamped noiseless sum ``(d,)`` int64 of one step at ``state``.
@@ -153,7 +175,30 @@ class Contribution:
 
     def _gradients(self, units: Sequence[EncodedUnit]) -> Iterator[Tensor]:
         """The unclipped gradients of ``units``, some rows ``(·, d)`` float32 at a time, a view that the next overwrites."""
-        return (unit_gradients(self.model, batch, self._tape) for batch in self._batches(units))
+        return map(self._gradient, self._batches(self._with_prefix(units)))
+
+    def _gradient(self, batch: PhysicalBatch) -> Tensor:
+        return unit_gradients(self.model, batch, self._tape)
+
+    def _with_prefix(self, units: Sequence[EncodedUnit]) -> Sequence[EncodedUnit]:
+        """``units``, first those whose prefix is kept; for the others it is computed before, as long as there is room."""
+        kept, longest = self.model.prefix, self._terms.task.max_length
+        if kept is None or not kept.is_kept:
+            return units
+
+        def is_missing(unit: EncodedUnit) -> bool:
+            return not kept.has(unit, length_of(unit, longest))
+
+        for batch in self._batches(list(filter(is_missing, units)) if kept.room else ()):
+            self.model.keep_prefix(batch.to(self.model.device))
+        return sorted(units, key=is_missing)
+
+    def _probes(self, longest: int, most: int) -> Iterator[tuple[PhysicalBatch, PhysicalBatch]]:
+        """Public units in pairs of batches of opposite orders, for every length that packing can give."""
+        for length in buckets(longest):
+            rows = self._rows_for(length)
+            units = mixed(self.model, length, rows, most)[0] if self._together else [probe(self.model, [length], seed=0)]
+            yield as_batch(units, length, rows), as_batch(units[::-1], length, rows)
 
     def _batches(self, units: Sequence[EncodedUnit]) -> Iterator[PhysicalBatch]:
         longest = self._terms.task.max_length
@@ -184,7 +229,10 @@ def build(
     device, precision = resolve(config.compute)
     model = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
     encoded = tokens.encode(units, folder, terms.task)
-    return Contribution(terms, model, encoded, rows_tokens=config.compute.rows_tokens, randomness=randomness)
+    return Contribution(
+        terms, model, encoded, rows_tokens=config.compute.rows_tokens, randomness=randomness,
+        prefix_bytes=int(config.compute.prefix_cache_gib * prefix.GIB), prefix_folder=home.root,
+    )  # fmt: skip
 
 
 def resolve(compute: Compute) -> tuple[torch.device, Precision]:
