@@ -8,11 +8,12 @@ and is not done again. ``--data`` is as in benchmarks/utility.py; a task's recor
 All modes have the same private steps, sampling rate, clipping norm, adapter and step size, and one (epsilon, delta):
 
 pooled    all records in one place, the noise of the plan once: what a curator whom everybody trusts would reach
-joint     one step of all silos a round; each silo adds a share of the noise, one of which a colluder may take off again
+joint-0   one step of all silos a round; each adds its share of that noise, so that epsilon holds against everyone outside the silos
+joint     the same, with shares so large that epsilon holds against a silo too, who can take its own off again: 3/2 the variance
 local     each silo takes ``--local-steps`` steps of its own with the noise in full, then the changes are averaged
 alone     one silo on its own records (``silo train --alone``): what it has without a federation
 
-Without noise pooled and joint are one computation, which is run once, as joint.
+Without noise the first three are one computation, which is run once, as joint.
 
 Sampling, gradients, clip on the lattice, noise and update rule are the library's own, in one process; keys, masks and ledgers are
 left out, since sums are the same bit for bit (tests/test_pooled.py). Randomness is the operating system's: a seed numbers a
@@ -29,7 +30,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ from silo.learning import classifier, evaluation, local, prefix
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution, resolve
 
-MODES = ("pooled", "joint", "local", "alone")
+MODES = ("pooled", "joint-0", "joint", "local", "alone")
+ONE_STEP = MODES[:3]
+"""One computation where there is no noise; it is run once, as ``joint``."""
 SILOS = basis_runs.SILOS
 TASKS = {"ade": 48, "banking77": 32, "nli": 48}
 """Data sets, and the longest text in tokens."""
@@ -133,6 +136,8 @@ def _shuffled(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 def terms_of(run: Run, joint: Contract) -> Contract:
     """The terms of the run's mode: in local mode the same number of private steps, in fewer rounds; alone, a round is a step."""
+    if run.mode == "joint-0":
+        return msgspec.structs.replace(joint, privacy=msgspec.structs.replace(joint.privacy, colluders=0))
     if run.mode not in ("local", "alone"):
         return joint
     each = run.local_steps if run.mode == "local" else 1
@@ -155,12 +160,12 @@ def started(at: Here, precision: str, rows_tokens: int) -> Contribution:
 def trained(run: Run, terms: Contract, begun: Contribution, silos: Sequence[Sequence[EncodedUnit]]) -> State:
     """The state after all rounds."""
     state = update_rule.initial(terms)
-    if run.mode in ("pooled", "joint"):
+    if run.mode in ONE_STEP:
         everybody = begun.on(terms, [unit for silo in silos for unit in silo])
         for _ in range(terms.training.rounds):
             total = everybody(state)
             if terms.is_private:
-                total = total + drawn(terms, SILOS if run.mode == "joint" else terms.shares)
+                total = total + drawn(terms, terms.shares if run.mode == "pooled" else SILOS)
             state = update_rule.advance(state, total, terms)
         return state
     here = [begun.on(terms, units) for units in silos]
@@ -229,7 +234,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for task, epsilon in sorted({(task, epsilon) for task, epsilon, _ in found}):
         cells, counts = [], []
         for mode in MODES:
-            same = "joint" if mode == "pooled" and math.isinf(epsilon) else mode
+            same = "joint" if mode in ONE_STEP and math.isinf(epsilon) else mode
             mean, spread, count = found.get((task, epsilon, same), (math.nan, 0.0, 0))
             cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}" if count else "–")
             counts.append(count)
@@ -248,69 +253,67 @@ def picture(rows: Sequence[Row]) -> str:
             points, spread = tuple((epsilon, 100 * mean) for epsilon, mean, _ in at), tuple(100 * sd for *_, sd in at)
             curves += [plots.Curve(label=mode, points=points, spread=spread)] if at else []
         panels.append(plots.Panel(title=task, x="epsilon", y="held-out accuracy, %", curves=tuple(curves), linear_y=True))
-    about = "Means over repetitions, with bars of one standard deviation: pooled, joint, local and alone."
+    about = "Means over repetitions, with bars of one standard deviation, by mode."
     return plots.picture(panels, title="What a federation is worth at one epsilon", desc=about)
 
 
 _SAY = functools.partial(print, flush=True)
 
 
+def parser(about: str | None = __doc__) -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, required=True)
+    made.add_argument("--results", type=Path, default=Path("modes.jsonl"), help="finished runs, one a line; read first")
+    made.add_argument("--picture", type=Path, help="write the figure here")
+    made.add_argument("--tasks", nargs="+", default=list(TASKS))
+    made.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    made.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 3.0, 8.0, math.inf])
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--rounds", type=int, default=40, help="private steps, in every mode")
+    made.add_argument("--batch", type=int, default=1000, help="expected units of a step, over all silos")
+    made.add_argument("--records", type=int, default=0, help="training records of a task; 0 takes all")
+    made.add_argument("--held-out", type=int, default=0, help="held-out records; 0 takes all")
+    made.add_argument("--local-steps", type=int, default=5)
+    made.add_argument("--rank", type=int, default=defaults.RANK)
+    made.add_argument("--last-layers", type=int, default=defaults.LAST_LAYERS, help="how many layers carry adapters")
+    made.add_argument("--learning-rate", type=float, default=defaults.LEARNING_RATE)
+    made.add_argument("--model", default=base_model.MINILM)
+    made.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    made.add_argument("--rows-tokens", type=int, default=Compute().rows_tokens, help="tokens of a physical batch")
+    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none but this")
+    return made
+
+
+def shared(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run that are the same for a whole grid."""
+    given = {field.name for field in fields(Run)} & vars(options).keys()
+    return {"data": str(options.data), **{name: getattr(options, name) for name in given - {"data"}}}
+
+
 def main(words: Sequence[str] | None = None, *, say: Callable[[str], None] = _SAY) -> None:
     """Do what is left of the grid, then print the table and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--results", type=Path, default=Path("modes.jsonl"), help="finished runs, one a line; read first")
-    parser.add_argument("--picture", type=Path, help="write the figure here")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 3.0, 8.0, math.inf])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=40, help="private steps, in every mode")
-    parser.add_argument("--batch", type=int, default=1000, help="expected units of a step, over all silos")
-    parser.add_argument("--records", type=int, default=0, help="training records of a task; 0 takes all")
-    parser.add_argument("--held-out", type=int, default=0, help="held-out records; 0 takes all")
-    parser.add_argument("--local-steps", type=int, default=5)
-    parser.add_argument("--rank", type=int, default=defaults.RANK)
-    parser.add_argument(
-        "--last-layers", type=int, default=defaults.LAST_LAYERS, help="how many of the model's layers carry adapters"
-    )
-    parser.add_argument("--learning-rate", type=float, default=defaults.LEARNING_RATE)
-    parser.add_argument("--model", default=base_model.MINILM)
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument(
-        "--rows-tokens", type=int, default=Compute().rows_tokens, help="tokens of a physical batch; less for small ones"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none but this")
-    options = parser.parse_args(words)
-    names = (
-        "rounds",
-        "batch",
-        "records",
-        "held_out",
-        "local_steps",
-        "rank",
-        "model",
-        "precision",
-        "rows_tokens",
-        "last_layers",
-        "learning_rate",
-    )
-    shared = {"data": str(options.data), **{name: getattr(options, name) for name in names}}
+    options = parser().parse_args(words)
     grid = [
-        Run(task=task, mode=mode, epsilon=epsilon, seed=seed, **shared)
+        Run(task=task, mode=mode, epsilon=epsilon, seed=seed, **shared(options))
         for seed in range(options.seeds) for task in options.tasks for epsilon in options.epsilons for mode in options.modes
-        if not (mode == "pooled" and math.isinf(epsilon))
+        if not (mode in ONE_STEP and mode != "joint" and math.isinf(epsilon))
     ]  # fmt: skip
+    rows = worked_off(grid, options, say)
+    if options.picture is not None:
+        options.picture.write_text(picture(rows), encoding="utf-8")
+    say(f"{SILOS} silos; {options.rounds} steps of {options.batch} expected units; {options.local_steps} a round in local mode")
+    say("\n".join(table(rows)))
+
+
+def worked_off(grid: Sequence[Run], options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
+    """The rows of a grid: those that stand in the file of results, and the rest done now."""
     done = finished(options.results)
     for row in runs.worked_off([run for run in grid if run not in done], measured, options.results, options.workers):
         say(f"{row.run.task} {row.run.mode} {row.run.epsilon:g} seed {row.run.seed}: {row.accuracy:.4f} in {row.seconds:.0f} s")
     done = finished(options.results)
-    rows = [done[run] for run in grid if run in done]
-    if options.picture is not None:
-        options.picture.write_text(picture(rows), encoding="utf-8")
     say(machine.described("torch", "transformers", "numpy", "dp-accounting"))
-    say(f"{SILOS} silos; {options.rounds} steps of {options.batch} expected units; {options.local_steps} a round in local mode")
-    say("\n".join(table(rows)))
+    return [done[run] for run in grid if run in done]
 
 
 if __name__ == "__main__":
