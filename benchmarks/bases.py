@@ -17,6 +17,10 @@ private   one noised release of the clipped gradient sketches of all records, at
 public    the same without noise, from the records of another task (``--public``), labels matched by place; costs nothing
 raw       the same without noise, from the records themselves: what the papers do. NO EPSILON HOLDS; it is here for comparison only
 random:4  (any of them) four heads with as many trainable numbers in all: rank r/2 each, on 4·r/2 vectors
+weights~N (or random) a new basis every N rounds: of the weights, into which the adapter was merged, or of the next seed; no cost
+private@K (or raw) the first K of the rounds train the head alone, then the basis comes out of the gradients there, and is paid for
+
+``--scales random=1`` and ``--rates random=0.01``: the step size of one basis, named as in ``--bases``.
 
 epsilon ``inf`` is training without noise. The table has means and standard deviations over seeds.
 """
@@ -32,8 +36,8 @@ from functools import partial
 from pathlib import Path
 
 from aggregator import defaults
-from benchmarks import plots, runs
-from benchmarks.basis_runs import KINDS, LENGTHS, Row, Run, measured
+from benchmarks import plots, refresh, runs
+from benchmarks.basis_runs import LENGTHS, Row, Run, measured
 from privacy import base_model
 from privacy.errors import ConfigError
 from silo.config import Compute
@@ -59,16 +63,16 @@ def table(rows: Sequence[Row]) -> list[str]:
     """The summary as lines of a Markdown table."""
     noise_of = {(row.run.task, row.run.basis, row.run.epsilon): row for row in rows}
     found = [
-        "| task | basis | ε, basis included | σ | numbers | runs | accuracy | largest class |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | basis | scale | rate | ε, basis included | σ | numbers | runs | accuracy | largest class |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, (mean, deviation, count) in summary(rows).items():
         row, (task, basis, epsilon) = noise_of[key], key
         holds = "none holds; trained at " if basis.startswith("raw") and not math.isinf(epsilon) else ""
         spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
         found.append(
-            f"| {task} | {basis} | {holds}{epsilon:g} | {row.noise_multiplier:.3f} | {row.dimension:,} | {count} "
-            f"| {100 * mean:.1f}{spread} % | {100 * row.largest:.1f} % |"
+            f"| {task} | {basis} | {row.run.scale:g} | {row.run.learning_rate:g} | {holds}{epsilon:g} | {row.noise_multiplier:.3f} "
+            f"| {row.dimension:,} | {count} | {100 * mean:.1f}{spread} % | {100 * row.largest:.1f} % |"
         )
     return found
 
@@ -89,12 +93,30 @@ def picture(rows: Sequence[Row]) -> str:
     )
 
 
+def by_basis(words: Sequence[str], bases: Sequence[str]) -> dict[str, float]:
+    """The numbers of ``BASIS=NUMBER``, each for one of ``bases``.
+
+    Raises:
+        ConfigError: another form, no positive number, or a basis that is not asked for.
+    """
+    found = {}
+    for word in words:
+        basis, _, number = word.partition("=")
+        try:
+            found[basis] = float(number)
+        except ValueError:
+            found[basis] = 0.0
+        if basis not in bases or not 0 < found[basis] < math.inf:
+            raise ConfigError(f"{word!r} gives no basis of --bases a positive number", hint="for example --scales random=1")
+    return found
+
+
 def grid(options: argparse.Namespace) -> list[Run]:
     """Every run that was asked for: seed by seed, so that an early stop leaves whole columns."""
-    for basis in options.bases:
-        kind, _, heads = basis.partition(":")
-        if kind not in KINDS or (heads and not heads.isdecimal()):
-            raise ConfigError(f"no basis {basis!r}", hint=f"one of {', '.join(KINDS)}, with :h for h heads")
+    for name in map(refresh.named, options.bases):
+        if name.after >= options.rounds:
+            raise ConfigError(f"{name.after} rounds of the head alone, of {options.rounds}", hint="more --rounds, or a smaller @K")
+    scales, rates = (by_basis(words, options.bases) for words in (options.scales, options.rates))
 
     def run(task: str, basis: str, epsilon: float, seed: int) -> Run:
         names = ["records", "rank", "model", "precision"]
@@ -103,7 +125,8 @@ def grid(options: argparse.Namespace) -> list[Run]:
         public = next((other for other in options.public if other != task), "") if basis.startswith("public") else ""
         return Run(
             data=str(options.data), task=task, basis=basis, epsilon=epsilon, seed=seed, rounds=options.rounds, batch=options.batch,
-            public=public, **{name: getattr(options, name) for name in names},
+            public=public, scale=scales.get(basis, defaults.SCALE), learning_rate=rates.get(basis, defaults.LEARNING_RATE),
+            **{name: getattr(options, name) for name in names},
         )  # fmt: skip
 
     return [
@@ -121,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tasks", nargs="+", default=list(LENGTHS))
     made.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 3.0, 8.0])
     made.add_argument("--bases", nargs="+", default=["weights", "random", "private", "public", "random:4"])
+    made.add_argument("--scales", nargs="+", default=[], metavar="BASIS=SCALE", help="scale of the adapter of a basis")
+    made.add_argument("--rates", nargs="+", default=[], metavar="BASIS=RATE", help="learning rate of a basis")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--rounds", type=int, default=40)
     made.add_argument("--batch", type=int, default=2048, help="expected units of a round, over all silos")

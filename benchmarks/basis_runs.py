@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from aggregator import commands, defaults
 from aggregator.simulation import dealing
+from benchmarks import refresh
 from privacy import base_model, sketch, update_rule
 from privacy.contract import Adapter, Aggregator, Contract, Member, Privacy, Sum, Task, Training
 from privacy.dp import accounting, noise, ring
@@ -35,20 +36,26 @@ from privacy.errors import ConfigError
 from privacy.federation import mechanism, ring_plan, ring_plan_at
 from privacy.orthonormal import Factors, random_basis
 from privacy.prg import Randomness
+from privacy.update_rule import State
 from silo.config import Compute
-from silo.learning import classifier, evaluation, public_basis, records, tokens
+from silo.learning import basis, classifier, evaluation, public_basis, records, tokens
 from silo.learning import sketch as sketches
+from silo.learning.classifier import Classifier
+from silo.learning.lora_sb import matrix
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution, resolve
 
 SILOS, COLLUDERS = 3, 1
-KINDS = ("weights", "random", "private", "public", "raw")
 LENGTHS = {"ade": 48, "sst2": 40}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run; its fields are what makes it another one. ``basis``: one of KINDS, with ``:h`` for h heads. ``records`` 0: all."""
+    """One run; its fields are what makes it another one. ``records`` 0: all.
+
+    ``basis``: as in benchmarks/bases.py, with ``:h`` for h heads, ``~N`` for a new one every N rounds, ``@K`` for one after K
+    rounds of the head alone.
+    """
 
     data: str
     task: str
@@ -65,19 +72,15 @@ class Run:
     width: int = 0
     public: str = ""
     learning_rate: float = defaults.LEARNING_RATE
+    scale: float = defaults.SCALE
     model: str = base_model.MINILM
     precision: str = "auto"
     last_layers: int = defaults.LAST_LAYERS
 
     @property
-    def kind(self) -> str:
-        """Where the basis comes from."""
-        return self.basis.partition(":")[0]
-
-    @property
-    def heads(self) -> int:
-        """h."""
-        return int(self.basis.partition(":")[2] or 1)
+    def named(self) -> refresh.Basis:
+        """What the name of the basis says."""
+        return refresh.named(self.basis)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +113,12 @@ class Dealt:
 def terms_of(run: Run, labels: Sequence[str], units: int) -> tuple[Contract, Path]:
     """(A contract of three silos, noise not yet calibrated; the model's folder)."""
     model, modules, _ = commands.describe_model(run.model, (defaults.TARGETS,), last_layers=run.last_layers)
-    rank = max(1, int(run.rank / math.sqrt(run.heads)))
+    rank = max(1, int(run.rank / math.sqrt(run.named.heads)))
     members = tuple(Member(id=k, name=f"silo-{k}", organisation="-", sign_key=f"{k:02x}" * 32) for k in range(1, SILOS + 1))
     made = Contract(
         format="siloquy/1", version=1, name="bases", expires="9999-12-31",
         task=Task(labels=tuple(labels), max_length=LENGTHS.get(run.task, 48)), model=model,
-        adapter=Adapter(rank=rank, heads=run.heads, modules=tuple(modules), scale=defaults.SCALE),
+        adapter=Adapter(rank=rank, heads=run.named.heads, modules=tuple(modules), scale=run.scale),
         training=Training(
             rounds=run.rounds, learning_rate=run.learning_rate, warmup_rounds=defaults.warmup(run.rounds, 1),
             decay_rounds=defaults.decay(run.rounds),
@@ -127,6 +130,14 @@ def terms_of(run: Run, labels: Sequence[str], units: int) -> tuple[Contract, Pat
         sum=Sum(), aggregator=Aggregator(name="hub", sign_key="ff" * 32, seal_key="00" * 1216), member=members,
     )  # fmt: skip
     return with_noise(made, 1.0), base_model.locate(run.model)
+
+
+def at_step_size(terms: Contract, run: Run) -> Contract:
+    """The terms with the run's own scale and learning rate, on which neither records nor noise depend."""
+    return msgspec.structs.replace(
+        terms, adapter=msgspec.structs.replace(terms.adapter, scale=run.scale),
+        training=msgspec.structs.replace(terms.training, learning_rate=run.learning_rate),
+    )  # fmt: skip
 
 
 def with_noise(terms: Contract, sigma: float) -> Contract:
@@ -189,7 +200,7 @@ def basis_plan(run: Run, here: Dealt, layout: sketch.Layout) -> ring.Plan:
 
 def basis_event(run: Run, here: Dealt) -> tuple[LatticeGaussian, ...]:
     """What the basis costs: as many attempts as a contract pays for, or nothing."""
-    if run.kind != "private" or math.isinf(run.epsilon):
+    if run.named.kind != "private" or math.isinf(run.epsilon):
         return ()
     layout = layout_of(run, here)
     plan = basis_plan(run, here, layout)
@@ -201,18 +212,37 @@ def basis_event(run: Run, here: Dealt) -> tuple[LatticeGaussian, ...]:
     )  # fmt: skip
 
 
-def bases_of(run: Run, here: Dealt, cache: Path, compute: Compute) -> dict[str, Factors] | None:
-    """The factors of every module; None for ``weights``, which the model computes itself."""
-    if run.kind == "weights":
+def random_of(run: Run, here: Dealt, again: int) -> dict[str, Factors]:
+    """The ``random`` factors of every module, made anew for the time ``again``; the first ones are those of time 0."""
+    words = f"{here.terms.model.digest} {run.seed}" + (f" {again}" if again else "")
+    seed, layout = hashlib.sha256(words.encode()).digest(), layout_of(run, here)
+    shapes = zip(layout.modules, layout.shapes, strict=True)
+    return {name: random_basis(seed, name, shape, here.terms.adapter.vectors) for name, shape in shapes}
+
+
+def anew(run: Run, here: Dealt, again: int, model: Classifier) -> dict[str, Factors]:
+    """The factors that ``~N`` goes on with: the next seed's, or the top singular vectors of the weights as they are now."""
+    if run.named.kind == "random":
+        return random_of(run, here, again)
+    weights = {name: matrix(layer.base) for name, layer in zip(model.adapter.names, model.adapter, strict=True)}
+    vectors = here.terms.adapter.vectors
+    return {name: basis.weights_basis(weight.double().cpu().numpy(), vectors) for name, weight in weights.items()}
+
+
+def bases_of(run: Run, here: Dealt, cache: Path, compute: Compute, state: State | None = None) -> dict[str, Factors] | None:
+    """The factors of every module; None for ``weights``, which the model computes itself.
+
+    ``state``: its head takes the place of the public one in the gradients of ``private`` and ``raw``; None: the public head.
+    """
+    if run.named.kind == "weights":
         return None
+    if run.named.kind == "random":
+        return random_of(run, here, 0)
     layout = layout_of(run, here)
     vectors = here.terms.adapter.vectors
-    if run.kind == "random":
-        seed = hashlib.sha256(f"{here.terms.model.digest} {run.seed}".encode()).digest()
-        return {name: random_basis(seed, name, shape, vectors) for name, shape in zip(layout.modules, layout.shapes, strict=True)}
     device, precision = resolve(compute)
     how: Any = {"max_grad_norm": run.basis_clip, "rows_tokens": compute.rows_tokens}
-    if run.kind == "public":
+    if run.named.kind == "public":
         return public_basis.public_factors(
             here.folder, here.terms, layout, borrowed(run, here), rank=vectors, precision=precision, device=device, **how
         )  # fmt: skip
@@ -220,10 +250,12 @@ def bases_of(run: Run, here: Dealt, cache: Path, compute: Compute) -> dict[str, 
 
     def summed() -> NDArray[np.int64]:
         model = sketches.build(here.folder, here.terms, layout, precision=precision, device=device)
+        if state is not None:
+            refresh.put_head(model, state.theta)
         return sketches.Sketch(here.terms, model, here.train, plan=plan, **how).sum(here.train)
 
-    total = kept(run, layout, cache, summed)
-    if run.kind == "private" and not math.isinf(run.epsilon):
+    total = kept(run, layout, cache, summed) if state is None else summed()
+    if run.named.kind == "private" and not math.isinf(run.epsilon):
         total = total + shares_of_noise(layout.dimension, plan.share_variance)
     return sketch.factors_of(total.astype(np.float64), layout, vectors)
 
@@ -294,14 +326,17 @@ def planned(run: Run) -> tuple[Contract, float]:
     """(Terms with noise, epsilon of everything) of a run, the same for all seeds; without noise the plain terms, and infinity."""
     here = dealt(data_of(run))
     if math.isinf(run.epsilon):
-        return here.terms, math.inf
+        return at_step_size(here.terms, run), math.inf
     terms, spent = calibrated(here.terms, basis_event(run, here), run.epsilon)
-    return terms, math.inf if run.kind == "raw" else spent
+    return at_step_size(terms, run), math.inf if run.named.kind == "raw" else spent
 
 
 def data_of(run: Run) -> Run:
     """The part of a run that its records and terms depend on: one key for all epsilons and seeds."""
-    return replace(run, epsilon=8.0, seed=0, basis=f"weights:{run.heads}", basis_noise=1.0, basis_clip=1.0, width=0, public="")
+    return replace(
+        run, epsilon=8.0, seed=0, basis=f"weights:{run.named.heads}", basis_noise=1.0, basis_clip=1.0, width=0, public="",
+        scale=defaults.SCALE, learning_rate=defaults.LEARNING_RATE,
+    )  # fmt: skip
 
 
 def largest_class(units: Sequence[EncodedUnit]) -> float:
@@ -310,27 +345,52 @@ def largest_class(units: Sequence[EncodedUnit]) -> float:
     return max(map(labels.count, set(labels))) / len(labels)
 
 
+def trained(run: Run, here: Dealt, terms: Contract, cache: Path, compute: Compute) -> Classifier:
+    """The model after all rounds."""
+    device, precision = resolve(compute)
+    how: dict[str, Any] = {"precision": precision, "device": device}
+    name = run.named
+    step = functools.partial(stepped, terms=terms, noised=not math.isinf(run.epsilon))
+    state = update_rule.initial(terms)
+    if name.after:
+        alone = classifier.build(here.folder, refresh.without_adapters(terms), **how)
+        contribution = Contribution(refresh.without_adapters(terms), alone, here.train, rows_tokens=compute.rows_tokens)
+        state = refresh.head_first(contribution, state, name.after, step)
+    model = classifier.build(here.folder, terms, bases=bases_of(run, here, cache, compute, state if name.after else None), **how)
+    contribution = Contribution(terms, model, here.train, rows_tokens=compute.rows_tokens)
+    for done in range(name.after, terms.training.rounds):
+        if refresh.is_due(name.every, done):
+            state = refresh.refreshed(model, state, functools.partial(anew, run, here, done // name.every))
+        state = step(contribution, state)
+    model.write(state.theta)
+    return model
+
+
+def stepped(summed: Callable[[State], NDArray[np.int64]], state: State, *, terms: Contract, noised: bool, still: int = 0) -> State:
+    """The state after one round of all silos. ``still``: how many of the first trainables stay as they are, whatever is released.
+
+    Raises:
+        ConfigError: the sum is beyond what one silo's clamp would let through.
+    """
+    plan, total = ring_plan(terms), summed(state)
+    if int(np.abs(total).max()) >= plan.clamp:
+        raise ConfigError("a sum of all silos reached the clamp of one", hint="a smaller --batch")
+    if noised:
+        total = total + shares_of_noise(terms.dimension, plan.share_variance)
+    total[:still] = 0
+    return update_rule.advance(state, total, terms)
+
+
 def measured(run: Run, cache: Path, compute: Compute) -> Row:
     """The run, on this device and in physical batches of so many tokens; its own precision counts."""
     begun = time.perf_counter()
     here = dealt(data_of(run))
     terms, spent = planned(replace(run, seed=0))
     compute = msgspec.structs.replace(compute, precision=run.precision)
-    device, precision = resolve(compute)
-    model = classifier.build(here.folder, terms, precision=precision, device=device, bases=bases_of(run, here, cache, compute))
-    contribution = Contribution(terms, model, here.train, rows_tokens=compute.rows_tokens)
-    state, plan = update_rule.initial(terms), ring_plan(terms)
-    for _ in range(terms.training.rounds):
-        total = contribution(state)
-        if int(np.abs(total).max()) >= plan.clamp:
-            raise ConfigError("a sum of all silos reached the clamp of one", hint="a smaller --batch")
-        if not math.isinf(run.epsilon):
-            total = total + shares_of_noise(terms.dimension, plan.share_variance)
-        state = update_rule.advance(state, total, terms)
-    model.write(state.theta)
+    model = trained(run, here, terms, cache, compute)
     accuracy = evaluation.accuracy(model, here.held_out, terms=terms, rows_tokens=compute.rows_tokens)
     return Row(
         run=run, accuracy=accuracy, largest=largest_class(here.held_out),
-        spent=spent, delta=terms.privacy.delta, dimension=terms.dimension, precision=precision,
+        spent=spent, delta=terms.privacy.delta, dimension=terms.dimension, precision=model.precision,
         noise_multiplier=0.0 if math.isinf(run.epsilon) else terms.privacy.noise_multiplier, seconds=time.perf_counter() - begun,
     )  # fmt: skip
