@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases that change during a run: merging keeps the function, and each variant does to the state what it says and no more."""
+"""Bases that change during a run: merging keeps the function, each variant does what it says; and what a basis holds is told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bases, basis_runs, refresh
+from benchmarks import bases, basis_runs, basis_signal, refresh
 from privacy import update_rule
 from privacy.errors import ConfigError
 from silo.config import Compute
@@ -169,3 +169,20 @@ def test_a_variant_that_makes_no_sense_is_refused(folder, name):
 def test_a_scale_of_nothing_is_refused(folder, words_):
     with pytest.raises(ConfigError, match="positive number"):
         run_of(folder, "weights", "--scales", *words_)
+
+
+def test_what_a_basis_holds_is_told_for_each_scale(folder):
+    said = []
+    where = ("--data", folder, "--task", "one", "--model", folder / "model", "--precision", "float32", "--rank", 4)
+    basis_signal.main([*map(str, where), "--count", "40", "--scales", "1", "4"], say=said.append)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said[2:]]
+    assert [(row[0], row[2]) for row in rows] == [(name, scale) for name in ("weights", "random", "raw", "late") for scale in "14"]
+    energy = {row[0]: float(row[1].removesuffix(" %")) for row in rows}
+    assert 0 <= energy["random"] < energy["late"] <= 100, "the gradient's own directions hold more than those of a seed"
+
+
+def test_chance_in_one_half_has_no_square_in_a_product():
+    drawn = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).standard_normal((400, 900)))
+    assert float(drawn.mean(dim=0).square().sum()) > 2
+    assert abs(basis_signal.product(drawn, drawn)) < 0.75  # five standard deviations: 5 · √900 / 200
+    assert basis_signal.product(drawn + 1, drawn + 1) == pytest.approx(900, rel=0.02)
