@@ -7,15 +7,14 @@ on the same gradients. ``--rounds``, ``--batch`` and ``--noise-multiplier`` are 
 
 energy    the share of the mean gradient of all adapted weights that the basis holds
 R, head   the norm of the mean clipped gradient over that of a round's noise on the same coordinates
-gain      how much the training loss falls in a round, to first order, where noise rules Adam's second moment: step size times
-          slope times mean clipped gradient over noise, for R and for the head
 noise     how much the held-out loss rises when R is what noise alone makes of it in all rounds: Gaussian, step size times the
           square root of the rounds, of which the linear fall over the second half leaves two thirds
 
 Products of means are taken between two halves of the units, so that what is chance in one has no square in them.
 
 ``late`` is ``raw`` at the trained head: the best that ``private@K`` could come near. It and ``raw`` are of half of the units, and
-judged on the others.
+judged on the others. No slope of the loss is given: a few records with large losses rule the unclipped mean, and the clipped one
+can point against it (docs/adr/0010).
 """
 
 from __future__ import annotations
@@ -74,8 +73,6 @@ class Line:
     scale: float
     r_to_noise: float
     head_to_noise: float
-    gain: float
-    head_gain: float
     rise: float
 
 
@@ -153,11 +150,9 @@ def judged(name: str, found: Gradients, cores: Tensor, scale: float, noise: floa
     parts = [r, found.head]
     squares = [max(0.0, product(clip * each, clip * each)) for each in parts]
     to_noise = [math.sqrt(square / each.shape[1]) / noise for square, each in zip(squares, parts, strict=True)]
-    gains = [defaults.LEARNING_RATE * product(each, clip * each) / noise for each in parts]
     energy = product(cores.flatten(1), cores.flatten(1)) / found.energy
     return Line(
-        basis=name, energy=energy, scale=scale, r_to_noise=to_noise[0], head_to_noise=to_noise[1], gain=gains[0],
-        head_gain=gains[1], rise=rise(scale),
+        basis=name, energy=energy, scale=scale, r_to_noise=to_noise[0], head_to_noise=to_noise[1], rise=rise(scale)
     )  # fmt: skip
 
 
@@ -201,10 +196,10 @@ def measured(run: Run, scales: Sequence[float], noise_multiplier: float, count: 
 
 def table(lines: Sequence[Line]) -> list[str]:
     """The lines of a Markdown table."""
-    head = ["| basis | energy | scale | R | head | gain of R | gain of the head | noise |", "|---|---|---|---|---|---|---|---|"]
+    head = ["| basis | energy | scale | R | head | noise |", "|---|---|---|---|---|---|"]
     return head + [
         f"| {line.basis} | {100 * line.energy:.2f} % | {line.scale:g} | {line.r_to_noise:.2f} | {line.head_to_noise:.2f} "
-        f"| {line.gain:.4f} | {line.head_gain:.4f} | {line.rise:+.3f} |"
+        f"| {line.rise:+.3f} |"
         for line in lines
     ]
 
