@@ -90,7 +90,7 @@ def trained_head(model: SketchModel, units: Sequence[EncodedUnit], terms: Contra
     rule = torch.optim.Adam(head.parameters(), lr=HEAD_RATE)
     for _ in range(HEAD_STEPS):
         rule.zero_grad()
-        functional.cross_entropy(head(rows), labels).backward()
+        functional.cross_entropy(head(rows), labels).backward()  # type: ignore[no-untyped-call]
         rule.step()
     return torch.cat([each.detach().flatten() for each in head.parameters()]).double().numpy()
 
