@@ -37,7 +37,8 @@ from pathlib import Path
 
 from aggregator import defaults
 from benchmarks import plots, refresh, runs
-from benchmarks.basis_runs import LENGTHS, Row, Run, measured
+from benchmarks.basis_runs import LENGTHS, Row, Run
+from benchmarks.basis_training import measured
 from privacy import base_model
 from privacy.errors import ConfigError
 from silo.config import Compute
@@ -119,7 +120,7 @@ def grid(options: argparse.Namespace) -> list[Run]:
     scales, rates = (by_basis(words, options.bases) for words in (options.scales, options.rates))
 
     def run(task: str, basis: str, epsilon: float, seed: int) -> Run:
-        names = ["records", "rank", "model", "precision"]
+        names = ["records", "rank", "model", "precision", "last_layers"]
         if not basis.startswith(("weights", "random")):  # the others' runs are not done again when these change
             names += ["basis_noise", "basis_clip", "attempts", "width"]
         public = next((other for other in options.public if other != task), "") if basis.startswith("public") else ""
@@ -144,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tasks", nargs="+", default=list(LENGTHS))
     made.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 3.0, 8.0])
     made.add_argument("--bases", nargs="+", default=["weights", "random", "private", "public", "random:4"])
+    made.add_argument("--last-layers", type=int, default=defaults.LAST_LAYERS, help="how many layers carry adapters")
     made.add_argument("--scales", nargs="+", default=[], metavar="BASIS=SCALE", help="scale of the adapter of a basis")
     made.add_argument("--rates", nargs="+", default=[], metavar="BASIS=RATE", help="learning rate of a basis")
     made.add_argument("--seeds", type=int, default=3)

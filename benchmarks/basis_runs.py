@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of ``benchmarks.bases``: a basis, a joint federation of three silos in this process, and the accuracy at the end.
+"""What a run of ``benchmarks.bases`` starts from: records, terms, noise, and the factors of a basis (then ``basis_training``).
 
 Promised: sample, per-unit gradients, clip on the lattice, exact noise of each silo's share and update rule are the library's
 own, with the terms that a contract of these figures has; epsilon is certified over the basis and all rounds together. Not here:
@@ -15,7 +15,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,22 +27,22 @@ from numpy.typing import NDArray
 from aggregator import commands, defaults
 from aggregator.simulation import dealing
 from benchmarks import refresh
-from privacy import base_model, sketch, update_rule
+from privacy import base_model, sketch
 from privacy.contract import Adapter, Aggregator, Contract, Member, Privacy, Sum, Task, Training
 from privacy.dp import accounting, noise, ring
 from privacy.dp.mechanism import LatticeGaussian
 from privacy.errors import ConfigError
-from privacy.federation import mechanism, ring_plan, ring_plan_at
+from privacy.federation import mechanism, ring_plan_at
 from privacy.orthonormal import Factors, random_basis
 from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo.config import Compute
-from silo.learning import basis, classifier, evaluation, public_basis, records, tokens
+from silo.learning import basis, public_basis, records, tokens
 from silo.learning import sketch as sketches
 from silo.learning.classifier import Classifier
 from silo.learning.lora_sb import matrix
 from silo.learning.tokens import EncodedUnit
-from silo.learning.training import Contribution, resolve
+from silo.learning.training import resolve
 
 SILOS, COLLUDERS = 3, 1
 LENGTHS = {"ade": 48, "sst2": 40}
@@ -100,7 +99,7 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dealt:
     """A task's records, encoded, and the terms of a federation on them but for its noise."""
 
@@ -287,7 +286,7 @@ def shares_of_noise(dimension: int, variance: int) -> NDArray[np.int64]:
     return total
 
 
-# --- The run ------------------------------------------------------------------------------------------------------------
+# --- Its plan -----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)
@@ -336,61 +335,4 @@ def data_of(run: Run) -> Run:
     return replace(
         run, epsilon=8.0, seed=0, basis=f"weights:{run.named.heads}", basis_noise=1.0, basis_clip=1.0, width=0, public="",
         scale=defaults.SCALE, learning_rate=defaults.LEARNING_RATE,
-    )  # fmt: skip
-
-
-def largest_class(units: Sequence[EncodedUnit]) -> float:
-    """The share of the most frequent label."""
-    labels = [label for unit in units for _, _, label in unit.rows]
-    return max(map(labels.count, set(labels))) / len(labels)
-
-
-def trained(run: Run, here: Dealt, terms: Contract, cache: Path, compute: Compute) -> Classifier:
-    """The model after all rounds."""
-    device, precision = resolve(compute)
-    how: dict[str, Any] = {"precision": precision, "device": device}
-    name = run.named
-    step = functools.partial(stepped, terms=terms, noised=not math.isinf(run.epsilon))
-    state = update_rule.initial(terms)
-    if name.after:
-        alone = classifier.build(here.folder, refresh.without_adapters(terms), **how)
-        contribution = Contribution(refresh.without_adapters(terms), alone, here.train, rows_tokens=compute.rows_tokens)
-        state = refresh.head_first(contribution, state, name.after, step)
-    model = classifier.build(here.folder, terms, bases=bases_of(run, here, cache, compute, state if name.after else None), **how)
-    contribution = Contribution(terms, model, here.train, rows_tokens=compute.rows_tokens)
-    for done in range(name.after, terms.training.rounds):
-        if refresh.is_due(name.every, done):
-            state = refresh.refreshed(model, state, functools.partial(anew, run, here, done // name.every))
-        state = step(contribution, state)
-    model.write(state.theta)
-    return model
-
-
-def stepped(summed: Callable[[State], NDArray[np.int64]], state: State, *, terms: Contract, noised: bool, still: int = 0) -> State:
-    """The state after one round of all silos. ``still``: how many of the first trainables stay as they are, whatever is released.
-
-    Raises:
-        ConfigError: the sum is beyond what one silo's clamp would let through.
-    """
-    plan, total = ring_plan(terms), summed(state)
-    if int(np.abs(total).max()) >= plan.clamp:
-        raise ConfigError("a sum of all silos reached the clamp of one", hint="a smaller --batch")
-    if noised:
-        total = total + shares_of_noise(terms.dimension, plan.share_variance)
-    total[:still] = 0
-    return update_rule.advance(state, total, terms)
-
-
-def measured(run: Run, cache: Path, compute: Compute) -> Row:
-    """The run, on this device and in physical batches of so many tokens; its own precision counts."""
-    begun = time.perf_counter()
-    here = dealt(data_of(run))
-    terms, spent = planned(replace(run, seed=0))
-    compute = msgspec.structs.replace(compute, precision=run.precision)
-    model = trained(run, here, terms, cache, compute)
-    accuracy = evaluation.accuracy(model, here.held_out, terms=terms, rows_tokens=compute.rows_tokens)
-    return Row(
-        run=run, accuracy=accuracy, largest=largest_class(here.held_out),
-        spent=spent, delta=terms.privacy.delta, dimension=terms.dimension, precision=model.precision,
-        noise_multiplier=0.0 if math.isinf(run.epsilon) else terms.privacy.noise_multiplier, seconds=time.perf_counter() - begun,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from benchmarks import bases, basis_runs, plots
+from benchmarks import bases, basis_runs, basis_training, plots
 from privacy.dp import accounting
 from privacy.errors import ConfigError
 from privacy.federation import mechanism
@@ -85,7 +85,7 @@ def test_noise_of_a_round_is_the_sum_of_every_silos_share():
 
 def test_results_that_a_crash_cut_off_are_done_again(folder):
     run = bases.grid(bases.parser().parse_args(words(folder, "--bases", "weights", "--epsilons", "inf", "--seeds", "1")))[0]
-    row = basis_runs.measured(run, folder / "cache", Compute())
+    row = basis_training.measured(run, folder / "cache", Compute())
     assert row.noise_multiplier == 0
     assert row.spent == math.inf
     whole = json.dumps(dataclasses.asdict(row))

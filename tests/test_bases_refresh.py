@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bases, basis_runs, basis_signal, refresh
+from benchmarks import bases, basis_runs, basis_signal, basis_training, refresh
 from privacy import update_rule
 from privacy.errors import ConfigError
 from silo.config import Compute
@@ -101,7 +101,7 @@ def test_a_refresh_is_due_between_rounds_and_never_where_n_is_the_whole_run(fold
     real = refresh.refreshed
     monkeypatch.setattr(refresh, "refreshed", lambda *args: seen.append(1) or real(*args))
     for name, times in (("weights~4", 0), ("weights~99", 0), ("weights~2", 1), ("random~1", 3)):
-        basis_runs.measured(run_of(folder, name), folder / "cache", Compute())
+        basis_training.measured(run_of(folder, name), folder / "cache", Compute())
         assert len(seen) == times, name
         seen.clear()
 
@@ -119,9 +119,9 @@ def test_a_random_basis_is_another_at_each_refresh_and_by_seed(folder):
 def test_the_first_rounds_move_the_head_alone_and_the_basis_is_of_its_gradients(folder):
     run = run_of(folder, "raw@2")
     here, (terms, _) = basis_runs.dealt(basis_runs.data_of(run)), basis_runs.planned(run)
-    model = basis_runs.classifier.build(here.folder, refresh.without_adapters(terms))
+    model = basis_training.classifier.build(here.folder, refresh.without_adapters(terms))
     contribution = Contribution(refresh.without_adapters(terms), model, here.train, rows_tokens=256)
-    step = functools.partial(basis_runs.stepped, terms=terms, noised=True)
+    step = functools.partial(basis_training.stepped, terms=terms, noised=True)
     state = refresh.head_first(contribution, update_rule.initial(terms), 2, step)
     cores = terms.dimension - model.dimension
     assert cores > 0
@@ -138,9 +138,9 @@ def test_the_first_rounds_move_the_head_alone_and_the_basis_is_of_its_gradients(
 def test_a_late_basis_costs_what_an_early_one_costs(folder):
     early, late = (basis_runs.planned(run_of(folder, name)) for name in ("private", "private@2"))
     assert early == late
-    row = basis_runs.measured(run_of(folder, "private@2"), folder / "cache", Compute())
+    row = basis_training.measured(run_of(folder, "private@2"), folder / "cache", Compute())
     assert row.spent == early[1] <= 8
-    assert basis_runs.measured(run_of(folder, "raw@2"), folder / "cache", Compute()).spent == math.inf
+    assert basis_training.measured(run_of(folder, "raw@2"), folder / "cache", Compute()).spent == math.inf
 
 
 def test_scale_and_rate_are_of_one_basis_and_part_of_the_run(folder, tmp_path):
@@ -151,7 +151,7 @@ def test_scale_and_rate_are_of_one_basis_and_part_of_the_run(folder, tmp_path):
     terms, _ = basis_runs.planned(other)
     assert (terms.adapter.scale, terms.training.learning_rate) == (16.0, 0.01)
     assert terms.privacy == basis_runs.planned(plain)[0].privacy
-    row = basis_runs.measured(plain, folder / "cache", Compute())
+    row = basis_training.measured(plain, folder / "cache", Compute())
     stated = dataclasses.asdict(row)
     del stated["run"]["scale"]  # as a file of results has it that is older than the field
     (tmp_path / "old.jsonl").write_text(json.dumps(stated) + "\n", encoding="utf-8")
