@@ -20,7 +20,8 @@ def train(output: Output, home: Path, rounds: int | None, *, contract: Path | No
     from privacy.dp.unprotected import figure
     from silo import alone
 
-    with alone.training(home, contract=contract, folder=folder, instead=instead) as (run, then), RoundDisplay(output) as display:
+    begun = alone.training(home, contract=contract, folder=folder, instead=instead, say=output.say)
+    with begun as (run, then), RoundDisplay(output) as display:
         asked = run.rounds_left if rounds is None else min(rounds, run.rounds_left)
         for place, done in enumerate(run.train(rounds), start=1):
             display.line(
@@ -49,10 +50,10 @@ def evaluate(output: Output, home: Path, records: Path, threads: int | None) -> 
 def _words(facts: dict[str, Any]) -> list[str]:
     spent = "none" if facts["epsilon"] is None else f"{facts['epsilon']:.3f} of {facts['limit']:g} at delta {facts['delta']:g}"
     then = facts["epsilon_with_federation"]
-    together = f"{then:.3f}" if then is not None else "none, for that has no differential privacy"
+    together = f"{then:.3f}" if then is not None else "none, for one of them has no differential privacy"
     room = "" if then is not None and then <= facts["limit"] else ": too much to join"
     return [
         f"{facts['rounds_done']} of {facts['rounds_planned']} rounds trained alone; this silo's epsilon is {spent}",
-        f"with the federation's own plan it comes to {together}{room}",
+        f"with the federation's own plan, and those of other homes on these records, it comes to {together}{room}",
         "next: `silo eval --alone --records own-test.jsonl`",
     ]

@@ -33,6 +33,10 @@ def _figure(facts: Mapping[str, Any]) -> list[str]:
     ]
     if "epsilon_stood" in facts:
         found.append(f"with the noise that stood in each sum {facts['epsilon_stood']:.4g}; the charge counts the fewest silos")
+    if "epsilon_with_plans" in facts:
+        from silo.budgeting import room_in_words
+
+        found.append(room_in_words(facts["epsilon_with_plans"], facts["limit"]))
     return found
 
 

@@ -10,15 +10,14 @@ charged whatever becomes of it, composed with everything else, refused beyond th
 is trained with the basis of the weights here: that release takes all silos.
 
 Promised: nothing leaves this machine, and no file of the federation is written but the ledger; a killed run goes on and never
-undercounts. Not promised: that it is free. With what it spends the federation's own plan may no longer fit; then it is refused,
-unless the silo says that it wants the run all the same. Nor that the ledger is held to the board, as ``silo train`` does: no
-board is asked.
+undercounts. The ledger is held to the board as ``silo train`` does, where the board can be reached (``silo.rollback``). Not
+promised: that it is free. With what it spends the federations' own plans, of this home and of others on the same records, may no
+longer fit; then it is refused, unless the silo says that it wants the run all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -38,53 +37,19 @@ from privacy.dp.ledger import History, Ledger
 from privacy.dp.mechanism import Mechanism
 from privacy.dp.together import Together
 from privacy.errors import BudgetExhausted, ConfigError, PrivacyRefusal, TrustError
-from privacy.federation import Accepted, Contract, ring_plan_at
+from privacy.federation import Accepted, Contract
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo import agreed_basis, alone_kept, commands, config, keyring, other_homes, reading, succession, unit_sets
+from silo import agreed_basis, alone_kept, commands, config, keyring, other_homes, reading, rollback, succession, unit_sets
+from silo.alone_terms import run_of, terms_alone
 from silo.home import Home, Progress
 from silo.settlement import load_progress, refuse_to_go_on
 from silo.upload import noisy
 
 ATTEMPT_BYTES = 16
 
-_DOMAIN = b"siloquy alone 1\x00"
 _NOTHING = bytes(32)
-_CONTRACT, _LATEST = "contract", "latest"
-
-
-def terms_alone(terms: Contract) -> Contract:
-    """The contract's terms for one silo without the others.
-
-    Formal guarantees:
-        - *Same mechanism*: sampling rate, clipping norm, noise multiplier and number of steps are the contract's, and the one noise
-          share that is counted on is the silo's own, in full; so the plan has the contract's epsilon at its delta. The lattice is
-          the contract's, or the finest on which that much noise can be drawn.
-        - *No other silo*: neither the divisor nor the ring nor the noise counts on anybody else.
-
-    Raises:
-        PrivacyRefusal: the contract has no differential privacy, so there is no epsilon to compare at.
-    """
-    if not terms.is_private:
-        raise PrivacyRefusal(
-            "this contract has no differential privacy: a run alone has no epsilon to be compared at",
-            hint="train without it on this machine by other means: nothing here would be protected", code="no-differential-privacy",
-        )  # fmt: skip
-    changes: dict[str, Any] = {
-        "training": msgspec.structs.replace(terms.training, mode="local"),
-        "privacy": msgspec.structs.replace(terms.privacy, max_silos_per_unit=1),
-    }
-    if terms.basis is not None:
-        changes |= {"basis": None, "adapter": msgspec.structs.replace(terms.adapter, basis="weights")}
-    own = msgspec.structs.replace(terms, **changes)
-    finest = ring_plan_at(own, noise_multiplier=own.privacy.noise_multiplier, lattice_bits=None).lattice_bits
-    bits = min(finest, own.privacy.lattice_bits)
-    return msgspec.structs.replace(own, privacy=msgspec.structs.replace(own.privacy, lattice_bits=bits))
-
-
-def run_of(contract: bytes) -> bytes:
-    """The digest under which a run alone stands in the ledger: never that of a contract, nor of another contract's run alone."""
-    return hashlib.sha256(_DOMAIN + contract).digest()
+_LATEST = "latest"
 
 
 def stepped(
@@ -139,7 +104,8 @@ class Run:
         - *Charged before computed*: an attempt at a round is on the disk before a sample is drawn for it, and stays charged.
         - *Never twice*: an attempt that was lost is made anew, with a new reservation, sample and noise; of what it computed
           nothing was kept or seen.
-        - *No more than planned*: rounds end with the plan, attempts that were lost count in it.
+        - *No more than planned*: rounds end with the plan, attempts that were lost count in it; nor more attempts at one round
+          than ``budget.MOST_ATTEMPTS``: no deadline ends a round of a run alone, so then this run is over.
         - *Apart*: nothing is read from the federation's state, and nothing written there.
     """
 
@@ -170,7 +136,7 @@ class Run:
         for _ in range(self.rounds_left if rounds is None else min(rounds, self.rounds_left)):
             begun = self._clock()
             number = self._progress.round + 1
-            self._gate.admit(number, os.urandom(ATTEMPT_BYTES))
+            self._admit(number)
             state = stepped(self._progress.state, self.terms, number, contribute=self._contribute, randomness=self._randomness)
             self._progress = msgspec.structs.replace(self._progress, round=number, state=state)
             self._place.save_progress(self._progress)
@@ -181,6 +147,21 @@ class Run:
                 round=number, rounds=self.terms.training.rounds, epsilon=self._gate.spent().epsilon, limit=self._limit,
                 seconds=self._clock() - begun, state_digest=state.digest.hex(),
             )  # fmt: skip
+
+    def _admit(self, number: int) -> None:
+        """Charge one attempt. Raises as ``Gate.admit``, with what can be done here where the attempts at a round are used up."""
+        try:
+            self._gate.admit(number, os.urandom(ATTEMPT_BYTES))
+        except PrivacyRefusal as error:
+            if error.code != "too-many-attempts":
+                raise
+            raise PrivacyRefusal(
+                f"{error.message}, so this run alone is over after {self._progress.round} rounds; "
+                f"epsilon {self._gate.spent().epsilon:.4g} of {self._limit:g} is spent",
+                hint="find out why no attempt came to its end; then a new run alone, from the start, with what is left: copy the "
+                "contract, change its name, plan as many rounds as fit, and `silo train --alone --contract COPY`",
+                code=error.code,
+            ) from error
 
     def summary(self) -> dict[str, Any]:
         """What this process did, where the run stands, and what the silo has spent in all."""
@@ -214,18 +195,20 @@ def progress_of(place: Home, run: bytes, terms: Contract) -> Progress:
 
 @contextlib.contextmanager
 def training(
-    root: Path, *, contract: Path | None = None, fingerprint: str = "", folder: Path | None = None, instead: bool = False
-) -> Iterator[tuple[Run, float]]:
+    root: Path, *, contract: Path | None = None, fingerprint: str = "", folder: Path | None = None, instead: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Run, float]]:  # fmt: skip
     """A run alone of the silo in ``root``, checked and declared; and epsilon after it and the federation's own plan together.
 
     Args:
         contract: a draft or published ``federation.toml``; else the joined contract, else the one that ``silo join`` would show.
         fingerprint, folder: as for ``silo join``, where nothing is joined yet.
         instead: spend the budget on this run though the federation's plan does not fit beside it.
+        say: is told in one line why the ledger was not held to the board, where it was not.
 
     Raises:
         BudgetExhausted: the plan of the run alone is above the limit; or is with the federation's own, without ``instead``.
-        LedgerBroken: this run, another one alone, or the federation has rounds that the ledger never reserved.
+        LedgerBroken: this run, another one alone, or the federation has rounds that the ledger never reserved; the board too.
         TrustError: a restore of this home has not ended.
         SiloquyError: as ``silo.commands.joining`` and ``silo.learning.training.build``.
     """
@@ -235,6 +218,8 @@ def training(
     accepted = _accepted(root, contract, fingerprint, folder)
     terms, run = terms_alone(accepted.terms), run_of(accepted.digest)
     with home.locked(), _gate(home, settings, accepted, terms, instead=instead) as (gate, then):
+        if (unasked := rollback.asked_if_reached(home, settings.aggregator, folder)) and say is not None:
+            say(f"the ledger was not compared with the board: {unasked}")
         progress_of(_place(home, accepted), run, terms)
         bases = agreed_basis.pinned(home, terms)
         contribution = learning.build(home, settings, terms, bases=bases)
@@ -282,12 +267,7 @@ def evaluate(root: Path, records: Path, *, threads: int | None = None) -> dict[s
 def _accepted(root: Path, contract: Path | None, fingerprint: str, folder: Path | None) -> Accepted:
     """The contract to train under: the given one, the joined one, or the one on the board, verified as for ``silo join``."""
     if contract is not None:
-        try:
-            return federation.parse(contract.read_bytes())
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read {contract}: {error.strerror}", hint="name a federation.toml", code="contract"
-            ) from error
+        return alone_kept.read_contract(contract)
     joined = succession.if_joined(Home(root))
     if joined is not None:
         return joined
@@ -313,13 +293,15 @@ def _gate(
         if joined is not None:
             commands.check_promises(home, ledger, [joined.digest, *succession.ancestors(home, joined)])
         own = Declared(contract=run, training=event, each=terms.training.steps_per_round)
-        ahead = [*own.rest(ledger.entries), *_plan_left(home, ledger, joined or accepted)]
+        ahead = [*own.rest(ledger.entries), *reading.plan_left(home, ledger, joined or accepted)]
+        ahead += reading.other_plans_left(settings, beside)
         strictest = limits if joined is None else min(limits, reading.limits(settings, joined), key=lambda each: each.delta)
         then = _together(Together(ledger, beside), strictest, ahead)
         if not instead and then > limits.epsilon:
             raise BudgetExhausted(
-                f"after this run the federation's own plan would bring epsilon to {then:.4g}, the limit is {limits.epsilon:.4g}",
-                hint="both draw from the same units: raise [limits] epsilon after your data protection officer agrees, or say "
+                f"after this run the federation's own plan{' and those of the other homes' * bool(beside)} would bring epsilon to "
+                f"{then:.4g}, the limit is {limits.epsilon:.4g}",
+                hint="all draw from the same units: raise [limits] epsilon after your data protection officer agrees, or say "
                 "--instead-of-joining and spend it on this run",
                 code="no-room-to-join", epsilon_after=unprotected.figure(then), limit=limits.epsilon, delta=strictest.delta,
             )  # fmt: skip
@@ -335,15 +317,6 @@ def _together(history: History, limits: Limits, more: list[Mechanism]) -> float:
     return unprotected.certify([*history.charged(), *more], limits.delta, order=limits.filter_order).epsilon
 
 
-def _plan_left(home: Home, history: History, accepted: Accepted) -> list[Mechanism]:
-    """What the federation's own plan may still charge."""
-    planned = Declared(
-        contract=accepted.digest.hex(), training=reading.plan(history, accepted, reading.settled(home, accepted)),
-        each=accepted.terms.training.steps_per_round, before=reading.plan_before(history, accepted, home),
-    )  # fmt: skip
-    return planned.rest(history.entries)
-
-
 def _begin(home: Home, accepted: Accepted) -> Home:
     """The run's own folder, with the contract it is under; from here on it is the latest."""
     place = _place(home, accepted)
@@ -352,7 +325,7 @@ def _begin(home: Home, accepted: Accepted) -> Home:
         with contextlib.suppress(PermissionError):
             folder.chmod(0o700)  # a copy that was brought back may be open to everybody
         files.sweep(folder)
-    files.write_once(place.root / _CONTRACT, accepted.raw, mode=files.PRIVATE)
+    files.write_once(place.root / alone_kept.CONTRACT, accepted.raw, mode=files.PRIVATE)
     latest, line = place.root.with_name(_LATEST), accepted.digest.hex().encode() + b"\n"
     if not latest.is_file() or latest.read_bytes() != line:
         files.write_atomic(latest, line, mode=files.PRIVATE)
@@ -367,7 +340,7 @@ def _latest(home: Home) -> Accepted:
     """The contract of the run that was begun last. Raises ConfigError when there is none."""
     try:
         name = (home.root / alone_kept.FOLDER / _LATEST).read_text(encoding="ascii").strip()
-        raw = (home.root / alone_kept.FOLDER / name / _CONTRACT).read_bytes()
+        raw = (home.root / alone_kept.FOLDER / name / alone_kept.CONTRACT).read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no run alone was begun in {home.root}", hint="run `silo train --alone` first", code="not-alone"

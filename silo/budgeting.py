@@ -81,6 +81,15 @@ def in_words(account: Account) -> list[str]:
     ]
 
 
+def room_in_words(epsilon: float | None, limit: float) -> str:
+    """Whether the plans of all of a silo's homes on the same records fit its limit; ``epsilon``: what they come to together."""
+    fits = epsilon is not None and epsilon <= limit
+    return (
+        f"with all that the plans of this silo's homes on these records may still charge: epsilon "
+        f"{unprotected.in_words(epsilon, '.4g')} of {limit:g}{'' if fits else ': there is no room for all of them'}"
+    )
+
+
 def forecast(account: Account, rounds: int, limit: float) -> dict[str, Any]:
     """Epsilon after up to so many more rounds, in at most ``MOST_ROWS`` rows, and the first number of them that is refused."""
     ahead = sorted({math.ceil(rounds * row / MOST_ROWS) for row in range(1, MOST_ROWS + 1)} - {0})

@@ -310,8 +310,9 @@ def _at_work(home: Home, settings: config.Config, transport: Transport) -> Itera
         catch_up(home, transport, accepted)
         gate.declare(run=terms.name)
         state = load_progress(home, accepted).state
-        fixed_basis.ensure(home, transport, terms, state.basis)
-        contribution = _contribution(home, settings, terms, state)
+        contribution = fixed_basis.built(
+            home, transport, terms, state.basis, lambda: _contribution(home, settings, terms, state)
+        )
         gate.draws_from(_units(home, accepted, settings, contribution.unit_ids))
         parts = Parts(
             home=home, transport=transport, identity=identity, accepted=accepted, member=member, gate=gate,

@@ -8,7 +8,8 @@ again from the round's outcome. Not promised: that the aggregator still shows th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from privacy.orthonormal import Factors
 from privacy.update_rule import State
 from silo.home import Home
 from silo.transport import Transport
+
+T = TypeVar("T")
+_NO_FACTORS: Final = frozenset({"no-basis", "basis-file"})
+"""The codes with which ``load`` refuses: no file, and one that holds other bytes."""
 
 
 def keep(home: Home, outcome: Outcome, terms: Contract) -> None:
@@ -49,6 +54,23 @@ def read(home: Home, *, hint: str) -> bytes:
 def known(home: Home, state: State) -> dict[str, Factors] | None:
     """The factors that a state names; None where it names none: they are public, or not fixed yet. Raises as ``load``."""
     return load(home, state.basis) if state.basis else None
+
+
+def built(home: Home, transport: Transport, terms: Contract, digest: bytes, build: Callable[[], T]) -> T:
+    """What ``build`` makes of the factors with this digest; where it finds no such file, they are made again first (``ensure``).
+
+    So the file is read once, by whoever needs it, and only a damaged one is read again.
+
+    Raises:
+        RoundError: as ``ensure``. And whatever ``build`` raises.
+    """
+    try:
+        return build()
+    except TrustError as error:
+        if not digest or error.code not in _NO_FACTORS:
+            raise
+        ensure(home, transport, terms, digest)
+        return build()
 
 
 def ensure(home: Home, transport: Transport, terms: Contract, digest: bytes) -> None:

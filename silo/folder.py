@@ -236,12 +236,14 @@ class FolderTransport:
 
 
 @contextlib.contextmanager
-def transporting(at: Aggregator, given: Path | None = None) -> Iterator[HttpTransport | FolderTransport]:
+def transporting(
+    at: Aggregator, given: Path | None = None, *, patience_s: float = 120.0
+) -> Iterator[HttpTransport | FolderTransport]:
     """The way to the aggregator: the folder that was given, else what the configuration says."""
     if given is not None or at.folder:
-        transport: HttpTransport | FolderTransport = FolderTransport(given or Path(at.folder))
+        transport: HttpTransport | FolderTransport = FolderTransport(given or Path(at.folder), patience_s=patience_s)
     else:
-        transport = HttpTransport(at.url, insecure_http=at.insecure_http)
+        transport = HttpTransport(at.url, insecure_http=at.insecure_http, patience_s=patience_s)
     try:
         yield transport
     finally:

@@ -8,6 +8,8 @@ them compose.
 **Formal guarantees**
 
 - *Counted in full*: every reservation on a named home's ledger composes with this home's, at the gate and in every figure.
+- *Room*: what is said of whether a contract, or a run alone, leaves room counts what the plans of named homes may still charge too
+  (``reading.other_plans_left``).
 - *Both ways*: a home that is named and does not name this one back is refused, for its figures would leave this one out; and one
   that names a further home, which this one does not name, for then the figures here would leave that one out.
 - *One at a time*: while one of them may spend, none of the others can.

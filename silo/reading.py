@@ -19,9 +19,10 @@ from privacy import files
 from privacy.dp import overlap, unprotected
 from privacy.dp.accounting import Certificate
 from privacy.dp.budget import Account, Limits
+from privacy.dp.declared import Declared
 from privacy.dp.ledger import History
 from privacy.dp.mechanism import Mechanism
-from privacy.dp.together import Together
+from privacy.dp.together import Together, merged
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, event
 from privacy.identity import keys
@@ -85,6 +86,7 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
         "steps_left": account.steps_left,
         "steps_per_round": accepted.terms.training.steps_per_round,
         "rounds_left": account.attempts_left,
+        **_with_plans(home, accepted, settings),
         "several": budgeting.several(account, accepted.terms),
         **budgeting.runs(account, history),
         **budgeting.forecast(account, forecast, settings.limits.epsilon),
@@ -92,8 +94,23 @@ def budget(root: Path, forecast: int) -> dict[str, Any]:
 
 
 def earlier_runs(home: Home, accepted: Accepted, settings: config.Config) -> list[str]:
-    """What this silo's ledger holds already on the units of a contract, in words; see ``silo.budgeting.in_words``."""
-    return budgeting.in_words(_account(home, accepted, settings)[0])
+    """What this silo's ledgers hold on the units of a contract, and whether other homes' plans leave room for it, in words."""
+    earlier, limit = budgeting.in_words(_account(home, accepted, settings)[0]), settings.limits.epsilon
+    return earlier + [budgeting.room_in_words(found, limit) for found in _with_plans(home, accepted, settings).values()]
+
+
+def _with_plans(home: Home, accepted: Accepted, settings: config.Config) -> dict[str, float | None]:
+    """Epsilon of all that is charged and all that plans may still charge, here and in other homes; nothing where there are none.
+
+    Each home's gate asks for its own plan alone, and whoever charges first has the room: this says whether there is room for all.
+    """
+    beside = other_homes.histories(home, settings)
+    if not beside:
+        return {}
+    own, within = History.read(home.ledger_path, verify=keyring.verifier(home)), limits(settings, accepted)
+    events = [*Together(own, beside).charged(), *plan_left(home, own, accepted), *other_plans_left(settings, beside)]
+    found = unprotected.certify(merged(events), within.delta, order=within.filter_order)
+    return {"epsilon_with_plans": unprotected.figure(found.epsilon)}
 
 
 def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
@@ -209,6 +226,25 @@ def plan_before(history: History, accepted: Accepted, home: Home) -> Mechanism |
     if accepted.terms.basis is None or (progress is not None and progress.state.basis):
         return None
     return event(accepted.at(b"").terms)
+
+
+def plan_left(home: Home, history: History, accepted: Accepted) -> list[Mechanism]:
+    """What a contract's own plan may still charge to the ledger of this home."""
+    planned = Declared(
+        contract=accepted.digest.hex(), training=plan(history, accepted, settled(home, accepted)),
+        each=accepted.terms.training.steps_per_round, before=plan_before(history, accepted, home),
+    )  # fmt: skip
+    return planned.rest(history.entries)
+
+
+def other_plans_left(settings: config.Config, beside: Sequence[History]) -> list[Mechanism]:
+    """What the plans may still charge of the contracts that the silo's other homes joined; ``beside``: their ledgers, in order."""
+    left: list[Mechanism] = []
+    for root, history in zip(settings.records.other_homes, beside, strict=True):
+        other = Home(Path(root))
+        joined = succession.if_joined(other)
+        left += [] if joined is None else plan_left(other, history, joined)
+    return left
 
 
 def settled(home: Home, accepted: Accepted) -> int:

@@ -10,7 +10,14 @@
   attempt, whether there was one or not. What else is on the ledger, such as a run alone, says nothing of these rounds.
 - *Repeatable*: killed anywhere and run again, it ends in the same charges.
 
-Not promised: that lost lines of a run alone are charged at that run's own price; nor what uploads do not state.
+**Formal guarantees** of ``charge_alone``
+
+- *Never understated*: afterwards as many attempts stand under the run as its plan ever pays for, at its own price, whatever was
+  run; and each round that it may have trained has one. Nothing says of them which units they drew, so they compose with all.
+- *Repeatable*: as above.
+
+Not promised: what neither uploads nor anybody states. Lines that were lost of a run alone are counted twice where an upload came
+after them: as attempts at a round, and with the run.
 """
 
 from __future__ import annotations
@@ -78,6 +85,21 @@ def charge(ledger: Ledger, rounds: Sequence[Opened], *, contracts: Collection[st
     for each in rounds:
         if each.number > latest or _is_left_out(ledger, each):
             _reserve(ledger, each, _unknown(ledger, each))
+
+
+def charge_alone(ledger: Ledger, run: str, one: Mechanism, *, rounds: int) -> None:
+    """Reserve what the plan of a run alone has left, as if all of it had been run.
+
+    Args:
+        run: under which it stands in the ledger.
+        one: what one attempt at a round of it is charged.
+        rounds: how many attempts its plan pays for.
+    """
+    charged = [body for body in ledger.entries if isinstance(body, Reserve) and body.contract == run]
+    missing = [number for number in range(1, rounds + 1) if number not in {body.round for body in charged}]
+    for number in missing[: max(0, rounds - len(charged))]:
+        attempt = hashlib.sha256(_DOMAIN + b" alone" + bytes.fromhex(run) + number.to_bytes(4, "big")).hexdigest()
+        ledger.reserve(contract=run, round_number=number, attempt=attempt[: 2 * _ATTEMPT_BYTES], mechanism=one)
 
 
 def _reserve(ledger: Ledger, opened: Opened, attempt: str, one: Mechanism | None = None) -> None:

@@ -11,14 +11,16 @@ entered again.
   board or in the log has its reservation afterwards, under its own attempt. The lost entries before it are as many as its signed
   counter states; each is charged as an attempt, but the one note by which the round before ended. Each round that was opened after
   the last known reservation is charged one attempt, whether there was one or not (``silo.recharging``). Limits change nothing of
-  it: the gate refuses later.
+  it: the gate refuses later. No board knows of runs alone: of one whose folder is ahead of the ledger, and of each whose
+  contract is named, everything is charged that its plan has left.
 - *Nothing said twice*: ``epoch/`` is emptied first; each charged round is promised to the manifest on the board, cosignatures are
   taken back from it, and only an epoch newer than all called ones is entered.
 - *Repeatable*: what is done is read from the disk, so a restore that was killed ends in the same ledger as one that was not.
   In between the home enters no epoch.
 
 Not promised: that attempts are counted of which the aggregator never got an upload and whose number nothing states, beyond one a
-round; nor what an aggregator hides that shows no log. The next head must continue the one in the backup.
+round; runs alone that left no trace and that nobody names: so whoever restores is asked for them (``silo restore``); nor what an
+aggregator hides that shows no log. The next head must continue the one in the backup.
 """
 
 from __future__ import annotations
@@ -33,56 +35,66 @@ from typing import Any, Literal
 from privacy import basis_round, envelope, files
 from privacy.dp.entries import Reserve
 from privacy.dp.ledger import History, Ledger
+from privacy.dp.mechanism import Mechanism
 from privacy.errors import LedgerBroken, RoundError, TrustError
-from privacy.federation import Accepted
+from privacy.federation import Accepted, event
 from privacy.identity.keys import Identity
 from privacy.messages import AGGREGATOR, Header, Kind, Manifest, Outcome, Signed, Upload, decode
 from privacy.secure_sum import guardian_sum
 from privacy.transparency import log, notes
 from privacy.transparency.log import Leaf, Tiles
-from silo import keyring, reading, session, succession
+from silo import alone_kept, keyring, reading, session, succession
+from silo.alone_terms import run_of, terms_alone
 from silo.folder import transporting
 from silo.home import Home, remove_folder
-from silo.recharging import Opened, Sent, charge
+from silo.recharging import Opened, Sent, charge, charge_alone
 from silo.session import Epoch
 from silo.transport import Transport
 from silo.watch import refuse_after_equivocation
 from silo.witness import Witness
 
 
-def restore(root: Path, *, ledgers: Sequence[Path] = (), folder: Path | None = None) -> dict[str, Any]:
+def restore(
+    root: Path, *, ledgers: Sequence[Path] = (), alone: Sequence[Path] = (), folder: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Bring a home that was copied back up to what this silo did since; repeatable.
 
     Args:
         ledgers: other copies of this silo's ledger.
+        alone: the contract of every run alone since the newest of these copies.
         folder: exchange documents there, whatever ``silo.toml`` says.
 
     Raises:
-        ConfigError: there is no silo, or it has joined no federation.
+        ConfigError: there is no silo, it has joined no federation, or a contract cannot be read. Nothing was changed.
+        PrivacyRefusal: a contract that was named has no differential privacy: nobody trains alone under it. Nothing was changed.
         LedgerBroken: a copy does not verify, or two have different histories. Nothing was changed.
         TrustError: a document on the board does not hold, or an upload in the log is not shown.
         MachineError: the disk or the way to the board; the same command goes on where it stopped.
     """
     home, settings = reading.opened(root)
+    named = [alone_kept.read_contract(path) for path in alone]
     with home.locked(), transporting(settings.aggregator, folder) as transport:
-        facts = restored(home, transport, ledgers=ledgers)
+        facts = restored(home, transport, ledgers=ledgers, alone=named)
     budget = reading.budget(root, 0)
     return {**facts, **{name: budget[name] for name in ("epsilon", "delta", "limit", "rounds_left")}}
 
 
-def restored(home: Home, transport: Transport, *, ledgers: Sequence[Path] = ()) -> dict[str, Any]:
+def restored(
+    home: Home, transport: Transport, *, ledgers: Sequence[Path] = (), alone: Sequence[Accepted] = ()
+) -> dict[str, Any]:  # fmt: skip
     """``restore`` of a home that is locked. Raises as it does.
 
     Formal guarantees: see the module docstring.
     """
     refuse_after_equivocation(home)
+    runs = [_Alone.of(each) for each in alone]
     newest = _newest_copy(home, ledgers)
     _begin(home)
     if newest is not None:
         files.write_atomic(home.ledger_path, newest, mode=files.PRIVATE)
-    called, charged = _caught_up(home, transport)
+    called, charged, apart = _caught_up(home, transport, runs)
     home.end_restore(called)
-    return {"charged": charged, "adopted": newest is not None, "epoch": called}
+    return {"charged": charged, "charged_alone": apart, "adopted": newest is not None, "epoch": called}
 
 
 def restored_guardian(home: Home, transport: Transport, accepted: Accepted, identity: Identity) -> int:
@@ -106,8 +118,10 @@ def _begin(home: Home) -> None:
     files.make_folder(home.epoch_folder, mode=0o700)
 
 
-def _caught_up(home: Home, transport: Transport) -> tuple[int, list[dict[str, int]]]:
-    """Charge and promise what the board shows; the newest called epoch, and the attempts charged by round."""
+def _caught_up(
+    home: Home, transport: Transport, named: Sequence[_Alone]
+) -> tuple[int, list[dict[str, int]], list[dict[str, Any]]]:  # fmt: skip
+    """Charge and promise what the board shows; the newest called epoch, the attempts charged by round, and by run alone."""
     accepted, member, identity = succession.at_work(home, transport)
     versions = {**succession.ancestors(home, accepted), accepted.digest: accepted}
     called = _newest(transport, "epoch")
@@ -119,10 +133,11 @@ def _caught_up(home: Home, transport: Transport) -> tuple[int, list[dict[str, in
         before = _by_round(ledger)
         charge(ledger, rounds, contracts={digest.hex() for digest in versions})
         after = _by_round(ledger)
+        apart = _charged_alone(ledger, [*named, *(_Alone.of(each) for each in alone_kept.behind(home, ledger))])
         _promise(home, ledger, rounds)
     _take_back_cosignatures(home, transport, accepted, identity, last=_newest(transport, "checkpoint"))
     added = {number: count - before.get(number, 0) for number, count in after.items()}
-    return called, [{"round": number, "attempts": count} for number, count in sorted(added.items()) if count]
+    return called, [{"round": number, "attempts": count} for number, count in sorted(added.items()) if count], apart
 
 
 # --- Ledger copies ---------------------------------------------------------------------------------------------------------------
@@ -163,6 +178,33 @@ def _whole_lines(home: Home, path: Path, hint: str) -> bytes:
 
 
 # --- Charging --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alone:
+    """A run alone: its name, how it stands in the ledger, what an attempt is charged, and for how many its plan pays."""
+
+    name: str
+    run: str
+    one: Mechanism
+    rounds: int
+
+    @classmethod
+    def of(cls, accepted: Accepted) -> _Alone:
+        """The run alone under a contract. Raises PrivacyRefusal where there is none."""
+        terms = terms_alone(accepted.terms)
+        one = event(terms).with_steps(terms.training.steps_per_round)
+        return cls(name=terms.name, run=run_of(accepted.digest).hex(), one=one, rounds=terms.training.rounds)
+
+
+def _charged_alone(ledger: Ledger, runs: Sequence[_Alone]) -> list[dict[str, Any]]:
+    """Charge what the plans of these runs have left; how many attempts that was of each."""
+    found: list[dict[str, Any]] = []
+    for each in {run.run: run for run in runs}.values():
+        before = ledger.counter
+        charge_alone(ledger, each.run, each.one, rounds=each.rounds)
+        found += [{"run": each.name, "attempts": ledger.counter - before}] if ledger.counter > before else []
+    return found
 
 
 def _by_round(ledger: History) -> dict[int, int]:

@@ -12,6 +12,8 @@ So a ledger is held to them at every start, before an entry is written.
   header states; or if the log has one, since the head that this home saw last, in a round for which the ledger has no reservation.
 - *Reconciled goes on*: after ``silo restore`` the ledger holds these reservations, in their places.
 - *Nothing is written*: the home and its ledger stay as they were.
+- *Also alone*: ``asked_if_reached`` holds the ledger to the board in the same way where the board can be read, and says why where
+  it cannot: a run alone works offline.
 
 ===========================================  ===================================================
 edge case                                    result
@@ -30,21 +32,49 @@ they charged what never left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Final, NoReturn
 
 from privacy import envelope
 from privacy.dp.entries import Reserve
 from privacy.dp.ledger import History
-from privacy.errors import LedgerBroken, TrustError
+from privacy.errors import LedgerBroken, MachineError, RoundError, TrustError
 from privacy.federation import Accepted
 from privacy.messages import AGGREGATOR, Header, Signed, Upload, decode
 from privacy.transparency import log, notes
 from privacy.transparency.log import Leaf, Tiles
-from silo import keyring
+from silo import keyring, succession
+from silo.config import Aggregator
+from silo.folder import transporting
 from silo.home import Home
 from silo.transport import Transport
 
 _HINT = "stop: `silo restore` brings home and ledger up to what this silo did (docs/guides/backup.md); never start a new ledger"
+
+_PATIENCE_S: Final = 1.0
+"""How long ``asked_if_reached`` goes on trying: whoever trains alone may have no network, and knows it."""
+
+
+def asked_if_reached(home: Home, at: Aggregator, folder: Path | None = None) -> str:
+    """Why the ledger was not held to the board; "" where it was, and is the newest.
+
+    Args:
+        folder: exchange documents there, whatever ``at`` says.
+
+    Raises:
+        LedgerBroken, TrustError: as ``require_newest``.
+    """
+    joined = succession.if_joined(home)
+    if joined is None:
+        return "no federation is joined"
+    versions = [joined, *reversed(succession.ancestors(home, joined).values())]
+    ledger = History.read(home.ledger_path, verify=keyring.verifier(home))
+    try:
+        with transporting(at, folder, patience_s=_PATIENCE_S) as transport:
+            require_newest(home, transport, ledger, versions)
+    except (MachineError, RoundError) as error:  # nobody answers, or what answers there is no board
+        return error.message
+    return ""
 
 
 def require_newest(home: Home, transport: Transport, ledger: History, versions: Sequence[Accepted]) -> None:

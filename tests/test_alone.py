@@ -288,7 +288,10 @@ def kept(root: Path) -> dict[str, bytes]:
 
 
 def test_apart_it_trains_without_a_network_and_writes_nothing_of_the_federation(north, terminal, monkeypatch):
-    monkeypatch.setattr(socket, "create_connection", None)
+    def unplugged(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", unplugged)
     before, state = kept(north), Home(north).progress().state.digest
     first = terminal("silo train --alone --rounds 2 --json --home", north)
     assert first.code == 0, first.out
@@ -296,6 +299,7 @@ def test_apart_it_trains_without_a_network_and_writes_nothing_of_the_federation(
     assert again.code == 0
     assert "3/10" in again.err
     assert "█" in again.err
+    assert again.err.count("the ledger was not compared with the board: cannot reach the aggregator") == 1
     assert kept(north) == before
     assert Home(north).progress().state.digest == state
     said = first.document

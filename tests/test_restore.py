@@ -26,6 +26,7 @@ SHARES = {"protocol": "shares", "dropouts": 1, "corrupt_guardians": 1}
 MODES = {"consent": ((1, 2, 3), {}), "shares": ((1, 2, 3, 4), SHARES)}
 LOST = 2
 """The silo whose disk is lost."""
+RESTORE = ("silo", "restore", "--never-alone", "--yes")
 
 pytestmark = pytest.mark.usefixtures("quick_polls")
 
@@ -367,11 +368,11 @@ def served(whole):
 
 
 def test_the_command(served, capsys):
-    done = Terminal(capsys)("silo restore", "--yes", "--home", root_of(served))
+    done = Terminal(capsys)("silo restore", "--never-alone", "--yes", "--home", root_of(served))
     assert done.code == 0, done.err
     for line in ("round 2: 1 attempt", "round 3: 2 attempts", "`aggregator epoch`"):
         assert line in done.out, done.out
-    again = Terminal(capsys)("silo restore", "--yes", "--json", "--home", root_of(served))
+    again = Terminal(capsys)("silo restore", "--never-alone", "--yes", "--json", "--home", root_of(served))
     assert again.document["charged"] == []
     assert again.document["epoch"] == 1
 
@@ -435,7 +436,7 @@ def test_a_restore_that_is_killed_or_has_no_room_anywhere_ends_the_same(served, 
     shutil.copy(root / "ledger.jsonl", copy)
     lines = copy.read_bytes().splitlines(keepends=True)
     (root / "ledger.jsonl").write_bytes(b"".join(lines[:2]))
-    while (ended := run.run("silo", "restore", "--yes", "--ledger", copy, home=root, spare=spared(sites, fate), fate=fate)).code:
+    while (ended := run.run(*RESTORE, "--ledger", copy, home=root, spare=spared(sites, fate), fate=fate)).code:
         if fate == "full":
             assert ended.code == 7, ended.out
             assert "No space left" in ended.out, ended.out

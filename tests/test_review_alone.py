@@ -172,7 +172,7 @@ def test_a_folder_that_was_brought_back_open_is_closed_again(north):
 
 def test_beside_a_federation_without_privacy_the_answer_is_still_one_json_document(north, terminal, monkeypatch):
     """Infinity is no JSON: the rounds were spent, and then the command ended with a traceback."""
-    monkeypatch.setattr(alone, "_plan_left", lambda *_: [without_noise(north)])
+    monkeypatch.setattr(reading, "plan_left", lambda *_: [without_noise(north)])
     done = terminal("silo train --alone --rounds 1 --instead-of-joining --json --home", north)
     assert done.code == 0, done.out
     assert done.document["epsilon_with_federation"] is None

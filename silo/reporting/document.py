@@ -6,6 +6,8 @@ Promised: every figure is the record's; each bound is rounded up, each remainder
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
 from privacy.reporting import charts
 from privacy.reporting.blocks import (
     Block,
@@ -107,7 +109,21 @@ def _budget(report: SiloReport) -> Section:
             ),
         ),
     )  # fmt: skip
-    return Section(key="budget", title="Budget", blocks=(words, figures, *_forecast(report)))
+    return Section(key="budget", title="Budget", blocks=(words, figures, *_several(report), *_forecast(report)))
+
+
+def _several(report: SiloReport) -> tuple[Table, ...]:
+    """What a unit in more silos has than assumed, and a person with several records where the unit is one."""
+    who = {"silos": "A unit that {} silos know", "records": "A person with {} records in each silo that knows them"}
+    found = () if report.several is UNSET else report.several
+    table = Table(
+        caption="Whoever has more to hide than one unit is protected less. Certified ε of everything on the ledger; what other "
+        "silos did in rounds without this one is not on it:",
+        columns=(column("Who"), column("ε now", numeric=True)),
+        rows=tuple(row(who[each.of].format(each.count), _up(each.epsilon, "no figure")) for each in found),
+        style="slim",
+    )
+    return (table,) if found else ()
 
 
 def _forecast(report: SiloReport) -> tuple[Block, ...]:

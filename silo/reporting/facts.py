@@ -25,7 +25,20 @@ from privacy.visible import visible
 from silo import config, keyring, other_homes, reading, succession
 from silo.home import Home
 from silo.learning import records
-from silo.reporting.record import SCHEMA, SENTENCE, Ahead, Budget, HeldOut, LedgerHead, Place, Records, Run, Silo, SiloReport
+from silo.reporting.record import (
+    SCHEMA,
+    SENTENCE,
+    Ahead,
+    Budget,
+    HeldOut,
+    LedgerHead,
+    Place,
+    Records,
+    Run,
+    Several,
+    Silo,
+    SiloReport,
+)
 from silo.settlement import load_progress
 
 _SOFTWARE = ("siloquy", "cryptography", "dp-accounting", "numpy", "msgspec", "typst")
@@ -64,6 +77,7 @@ def gather(root: Path, *, held_out: Path | None = None, generated_at: int) -> Si
         records=_records(home, settings, accepted),
         held_out=None if held_out is None else _held_out(root, held_out),
         budget=_budget(spent),
+        several=tuple(Several(**each) for each in spent["several"]),
         runs=tuple(_run(together, each) for each in spent["runs"]),
         forecast=tuple(Ahead(**each) for each in spent["forecast"]),
         ledger=LedgerHead(entries=history.counter, head=history.head),

@@ -94,6 +94,18 @@ class Run(Fact, frozen=True, kw_only=True):
     part: Natural
 
 
+class Several(Fact, frozen=True, kw_only=True):
+    """Epsilon of whoever has more to hide than one unit, of everything on the ledger; null where no finite figure holds.
+
+    ``of``: a unit that so many ``silos`` know, where the contract assumes one; or a person with so many ``records`` in each silo
+    that knows one of them, where the unit is one record. What other silos did without this one is not in it.
+    """
+
+    of: Literal["silos", "records"]
+    count: Natural
+    epsilon: float | None
+
+
 class Ahead(Fact, frozen=True, kw_only=True):
     """What so many more rounds would bring epsilon to; ``refused``: by what, where they would be."""
 
@@ -120,6 +132,8 @@ class SiloReport(Fact, frozen=True, kw_only=True):
     records: Records
     held_out: HeldOut | None
     budget: Budget
+    several: tuple[Several, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Left out by releases that did not have it: their records stay what they were, byte for byte."""
     runs: tuple[Run, ...]
     forecast: tuple[Ahead, ...]
     ledger: LedgerHead
