@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.dp import mixture, pld
-from privacy.dp.mechanism import LatticeMixture, Noised
+from privacy.dp.mechanism import Noised
 from privacy.errors import NotCertified, PrivacyRefusal
 
 Floats = NDArray[np.float64]
@@ -38,6 +38,7 @@ _AGREEMENT = 1e-9
 # dp_accounting's log-gamma loses about this much of log A at order 256; it matters only where log A itself is near zero.
 _LOG_GAMMA_FLOOR = 1e-11
 _TICKS, _MAX_TICKS = 10_000, 10_000 * 10_000  # calibration moves in steps of 1e-4
+_MOST_LINES, _FAR = 8, 16.0  # so many looks follow straight lines, the rest halve; further out than so many distances is no line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +176,16 @@ def calibrate(
         return made
 
     def by_rdp(ticks: int) -> float:
-        return epsilon_rdp([*beside, event(ticks)], delta) if beside else _own_epsilon_rdp(event(ticks), delta)
+        return _or_infinity(lambda: _own_epsilon_rdp([*beside, event(ticks)], delta))
 
-    upper = _first_within(lambda ticks: _or_infinity(lambda: by_rdp(ticks)), epsilon)
+    upper = _first_within(by_rdp, epsilon)
 
     def cost(ticks: int) -> float:
         return _or_infinity(lambda: certify([*beside, event(ticks)], delta).epsilon)
 
     while not cost(upper) <= epsilon:
         upper += 1 + upper // 16  # the search above looks at fewer orders, and of a mixture at one way of neighbouring
-    return _smallest_within(cost, epsilon, upper) / _TICKS
+    return _smallest_within(cost, epsilon, upper, _guess(by_rdp, upper, cost(upper) / epsilon)) / _TICKS
 
 
 @functools.lru_cache(maxsize=512)
@@ -258,14 +259,16 @@ def _curve(rate: float, sigma: float, contributions: int) -> Floats:
     return contributions * _agreed_curve(rate, math.nextafter(sigma / math.sqrt(contributions), 0.0))
 
 
-def _own_epsilon_rdp(event: Noised, delta: float) -> float:
-    """Epsilon of one mechanism by our own curve at the integer orders: 20 times faster than ``epsilon_rdp``, for searching."""
-    if isinstance(event, LatticeMixture):
-        key, steps = next(iter(pld.steps_of([event]).items()))
-        if mixture.expands(key[1], key[2]):
-            return max(0.0, mixture.quick_epsilon(*key, steps, lambda order: conversion(order, delta)))
-        return epsilon_rdp([event], delta)
-    return _best_epsilon(event.steps * rdp_curve(event.sampling_rate, event.effective_noise_multiplier), delta)
+def _own_epsilon_rdp(events: Sequence[Noised], delta: float) -> float:
+    """Epsilon by our own curve at the integer orders: 20 times faster than ``epsilon_rdp``, for searching. Slack is left out."""
+    steps = pld.steps_of(events)
+    if any(contributions > 1 for _, _, contributions in steps):
+        (key, count), *others = steps.items()
+        if others or not mixture.expands(key[1], key[2]):
+            return epsilon_rdp(events, delta)
+        return max(0.0, mixture.quick_epsilon(*key, count, lambda order: conversion(order, delta)))
+    curve = np.sum([count * rdp_curve(rate, sigma) for (rate, sigma, _), count in steps.items()], axis=0)
+    return _best_epsilon(curve, delta)
 
 
 def _best_epsilon(curve: Floats, delta: float) -> float:
@@ -280,7 +283,7 @@ def conversion(order: float, delta: float) -> float:
     return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _certify(events: tuple[Noised, ...], delta: float) -> Certificate:
     if not events:
         return Certificate(epsilon=0.0, epsilon_pld=0.0, epsilon_rdp=0.0, delta=delta, discretization=0.0, orders_checked=0)
@@ -308,22 +311,42 @@ def _first_within(cost: Callable[[int], float], target: float) -> int:
     return bisect.bisect_left(range(upper), True, lo=1, key=lambda ticks: cost(ticks) <= target)
 
 
-def _smallest_within(cost: Callable[[int], float], target: float, upper: int) -> int:
-    """The smallest tick with cost at most ``target``, from ``upper`` that meets it; few calls, for a smooth cost."""
-    lower, high, low = 0, cost(upper), math.inf
-    probe = upper * 3 // 4
+def _guess(by_rdp: Callable[[int], float], upper: int, share: float) -> int:
+    """Where epsilon, now ``share`` of its target at ``upper``, meets it if it falls with sigma as fast as RDP does there."""
+    near = upper - 1 - upper // 16
+    high, low = by_rdp(upper), by_rdp(near) if near > 0 else math.inf
+    if not (0 < high < low < math.inf and share > 0):
+        return upper * 3 // 4
+    slope = math.log(low / high) / math.log(upper / near)
+    return math.ceil(upper * math.pow(share, 1 / slope))
+
+
+def _smallest_within(cost: Callable[[int], float], target: float, upper: int, probe: int) -> int:
+    """The smallest tick with cost at most ``target``, from ``upper`` that meets it; few calls, for a smooth cost.
+
+    ``probe`` is looked at first. The answer does not depend on it, as long as more ticks never cost more.
+    """
+    lower, last, looks = 0, (upper, cost(upper)), 0
     while upper - lower > 1:
-        value = cost(probe)
-        if value <= target:
-            upper, high = probe, value
+        probe = min(max(probe, lower + 1), upper - 1)
+        before, last = last, (probe, cost(probe))
+        if last[1] <= target:
+            upper = probe
         else:
-            lower, low = probe, value
-        # Where a straight line in log sigma and log epsilon meets the target; the middle where there is no line.
-        line = lower > 0 and low < math.inf and high > 0
-        share = math.log(low / target) / math.log(low / high) if line else 0.5
-        meets = lower * (upper / lower) ** share if line else (lower + upper) / 2
-        probe = min(max(math.ceil(meets), lower + 1), upper - 1)
+            lower = probe
+        looks += 1
+        line = _meets(before, last, target) if looks < _MOST_LINES else 0
+        probe = line or (lower + upper) // 2
     return upper
+
+
+def _meets(one: tuple[int, float], other: tuple[int, float], target: float) -> int:
+    """The first tick at which a straight line in log sigma and log epsilon is within ``target``; 0 where it cannot say."""
+    (x, a), (y, b) = one, other
+    if not (0 < a < math.inf and 0 < b < math.inf and a != b):
+        return 0
+    share = math.log(a / target) / math.log(a / b)
+    return math.ceil(x * math.pow(y / x, share)) if abs(share) < _FAR else 0
 
 
 def _or_infinity(cost: Callable[[], float]) -> float:
