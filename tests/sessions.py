@@ -70,7 +70,7 @@ WARM = (
     "aggregator.commands", "aggregator.service",
     "aggregator.reporting.compliance", "cli.output", "cli.progress", "dp_accounting.pld.privacy_loss_distribution",
     "dp_accounting.rdp.rdp_privacy_accountant", "tests.warm", "transformers.models.bert.modeling_bert", "pydantic.main",
-    "encodings.idna",
+    "encodings.idna", "tests.preloaded",
 )  # fmt: skip
 """What the server has imported from which processes are forked."""
 
