@@ -26,6 +26,8 @@ demo: $(READY)
 	rm -rf demo
 	$(VENV)/bin/aggregator simulate --home demo
 
+# Hundreds of processes start in these tests: each would compile the project anew where bytecode is not written.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2
 
