@@ -225,7 +225,7 @@ class Coordinator:
         if basis is not None and not self.state().basis and sketched >= basis.attempts:
             raise RoundError(
                 f"{sketched} basis rounds ended without a result, the plan pays for {basis.attempts}",
-                hint="find out who was missing, then agree on a new contract version", code="plan-done",
+                hint="find out who was missing; no later version has more of them, so it takes a new federation", code="plan-done",
             )  # fmt: skip
         if number - sketched > terms.training.rounds:
             raise RoundError(

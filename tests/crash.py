@@ -394,6 +394,35 @@ class Thinned:
         return call not in chosen
 
 
+class OfRounds:
+    """Sites to spare in a walk over rounds: these; what only reads; what every round does alike with the log; and sweeping.
+
+    tests/test_killed_silo.py and tests/test_killed_aggregator.py kill there. Of each other file and document one site is taken by
+    chance, of those that ``matter`` every one. With SILOQUY_FULL=1 nothing but ``spare`` is spared. ``attempt``: no further attempt
+    may be lost, so nothing dies between its reservation and its upload.
+    """
+
+    def __init__(self, spare: Collection[str], luck: bytes, *, matter: Collection[str], attempt: bool = False):
+        self.spare, self.luck, self.matter, self.attempt = frozenset(spare), luck, frozenset(matter), attempt
+
+    def __contains__(self, site: object) -> bool:
+        call, _, name = str(site).partition(" ")
+        file = name.rstrip("~")
+        if site in self.spare or (self.attempt and file in ATTEMPTED):
+            return True
+        if EVERYTHING or (file in self.matter and call != "unlink"):
+            return False
+        words = set(re.split("[/ ~]", name))
+        if words & {"GET", "log", "cosignature", "acknowledgement", "checkpoint", "head"} or call in ("unlink", "create", "rmdir"):
+            return True
+        both = ("cut", "sent", "answered") if name.startswith("PUT ") else ("torn", "link") if call in ("torn", "link") else (call,)
+        return call != both[hashlib.sha256(self.luck + file.encode()).digest()[0] % len(both)]
+
+
+ATTEMPTED = frozenset({"ledger.jsonl", "promises/manifest-N", "epoch/N/attempt"})
+"""What is written from an attempt's reservation to its upload; the last of them, once it stands, is sent whatever happens."""
+
+
 def names(sites: Collection[str]) -> set[str]:
     """The files that were written at these sites; locks are empty, and what is swept was never read."""
     written = {

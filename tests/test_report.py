@@ -55,7 +55,9 @@ silos[].limit silos[].name silos[].organisation silos[].rounds_left silos[].silo
 silos[].spent.epsilon_rdp silos[].spent.rounds silos[].spent.steps software.* summary[] traffic.left[].form traffic.left[].reader
 traffic.left[].what traffic.lora_bytes traffic.received_bytes traffic.stayed[] traffic.upload_bytes
 accounting.plan.grid accounting.spent.grid burn_down[].grid guarantee.adversaries[].plan.grid guarantee.adversaries[].spent.grid
-silos[].spent.grid
+silos[].spent.grid versions[].delta versions[].epsilon versions[].seen[].basis versions[].seen[].name
+versions[].seen[].event.dimension versions[].seen[].event.lattice_bits versions[].seen[].event.sampling_rate
+versions[].seen[].event.share_variance versions[].seen[].event.shares versions[].seen[].event.steps versions[].seen[].event.type
 """
 SCHEMA = _KEYS.split()
 

@@ -31,12 +31,13 @@ from aggregator.reporting.record import (
     Report,
     RoundFacts,
     Scalar,
+    Seen,
     Several,
     SiloBudget,
     Traffic,
     Version,
 )
-from privacy import chain, federation
+from privacy import basis_round, chain, federation, spending
 from privacy.changes import changes
 from privacy.dp import groups
 from privacy.errors import ConfigError
@@ -204,7 +205,16 @@ def _version(
         last_round=max(numbers, default=None),
         changed=changes(before[0].terms, terms) if before else (),
         event=federation.exposure(terms, federation.mechanism(terms, rounds=1)),
+        seen=tuple(_seen(terms, name) for name in ADVERSARIES),
+        epsilon=terms.privacy.epsilon,
+        delta=terms.privacy.delta,
     )
+
+
+def _seen(terms: Contract, name: spending.Adversary) -> Seen:
+    """One round, and one basis round, as an adversary faces them."""
+    basis = None if terms.basis is None else spending.event_of(basis_round.terms_of(terms), name, 1)
+    return Seen(name=name, event=spending.event_of(terms, name, 1), basis=basis)
 
 
 def _accounting(counted: Counted, order: int | None) -> Accounting:

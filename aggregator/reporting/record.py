@@ -64,10 +64,20 @@ class Federation(Fact, frozen=True, kw_only=True):
     state_digest: Hex32
 
 
+class Seen(Fact, frozen=True, kw_only=True):
+    """One round of a version as one adversary faces it; ``basis``: one basis round, null where the version has none."""
+
+    name: Literal["outside", "insiders", "sum_broken"]
+    event: Noised
+    basis: Noised | None = None
+
+
 class Version(Fact, frozen=True, kw_only=True):
     """One version of the contract, and what stands under it. ``changed``: against the version in effect before it, in words.
 
-    ``in_effect`` is false where a later version passed it over. ``event``: one round of it as the insiders see it.
+    ``in_effect`` is false where a later version passed it over. ``event``: one round of it as the insiders see it. ``seen``: as
+    each adversary does; every epsilon of the record follows from these events. ``epsilon`` and ``delta`` are the contract's limits;
+    the filter's order follows from those of the first version that has rounds.
     """
 
     version: Natural
@@ -79,6 +89,9 @@ class Version(Fact, frozen=True, kw_only=True):
     last_round: Natural | None
     changed: tuple[str, ...]
     event: Noised
+    seen: tuple[Seen, ...]
+    epsilon: float
+    delta: float
 
 
 class Charge(Fact, frozen=True, kw_only=True):
