@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from benchmarks import clocks, machine, noise, round, step_overhead, utility
+from benchmarks import clocks, machine, noise, prefix, round, step_overhead, utility
 from silo.learning import training
 from silo.transport import HttpTransport
 from tests import sessions, warm
@@ -46,6 +46,16 @@ def test_the_step_is_compared_on_the_real_encoder(capsys, minilm):
     assert row["ratio"] > 0
     step_overhead.main(list(map(str, words)))
     assert "times ordinary" in capsys.readouterr().out
+
+
+def test_kept_layers_are_compared_on_the_real_encoder_bit_for_bit(capsys, minilm):
+    assert minilm.is_dir()
+    words = ("--tokens", 32, "--repeats", 1, "--lengths", 8, "--last-layers", 1, "--precisions", "float32")
+    (row,) = printed(capsys, prefix.main, *words)["steps"]
+    assert row["same_bits"]
+    assert row["bytes_a_token"] == 4 * 384
+    prefix.main(list(map(str, words)))
+    assert "same" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

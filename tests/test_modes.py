@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import modes
+from benchmarks import advice, modes
 from privacy.federation import ring_plan
 from tests import sessions
 
@@ -73,3 +73,29 @@ def test_joint_carries_a_share_more_than_pooled_and_none_more_against_outsiders(
     for of, count, expected in ((terms, terms.shares, 2.0), (terms, modes.SILOS, 3.0), (outside, modes.SILOS, 2.0)):
         found = np.var(np.concatenate([modes.drawn(of, count) for _ in range(20)]))
         assert abs(found / (expected * share) - 1) < 6 * math.sqrt(2 / numbers) + 1e-3
+
+
+def test_advice_compares_batches_and_ranks_and_does_no_run_twice(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(advice, "RATES", (0.1, 1.0))
+    monkeypatch.setattr(advice, "STEPS", (4,))
+    words_of = words(
+        folder, "--tasks", "one", "--epsilons", 4, "--batches", 30, 60, "--ranks", 2, "--picture", folder / "advice.svg"
+    )
+    advice.main(words_of, say=said.append)
+    shapes = {(row.run.batch, row.run.rank) for row in modes.finished(folder / "runs.jsonl").values() if row.run.rows_tokens}
+    assert {(60, 4), (30, 4), (60, 2)} <= shapes
+    batches, ranks = (line for line in said if line.startswith("| ε | batch") or line.startswith("| ε | rank"))
+    assert batches.startswith("| ε | batch 30 | batch 60 | seeds |")
+    assert ranks.startswith("| ε | rank 2 | rank 4 | seeds |")
+    assert "–" not in batches + ranks
+    before = (folder / "runs.jsonl").read_bytes()
+    advice.main(words_of, say=said.append)
+    assert (folder / "runs.jsonl").read_bytes() == before
+    assert ElementTree.fromstring((folder / "advice.svg").read_text()).tag.endswith("svg")
+
+
+def test_sigma_falls_with_the_batch_less_than_the_batch_does():
+    (small, noisy), (large, calm) = (advice.sigma(8.0, rate, 25) for rate in (0.05, 0.5))
+    assert small < large < 10 * small
+    assert noisy > calm
