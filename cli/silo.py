@@ -240,9 +240,10 @@ def evaluate(
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
-    """Accuracy of the base model and of the federation's model on records of your own.
+    """How good the base model and the federation's model are on records of your own.
 
-    The figures depend on records: they are printed here and sent nowhere.
+    The accuracy of a classifier; the loss and perplexity per response token of a causal language model. The figures depend on
+    records: they are printed here and sent nowhere.
 
     \b
     Examples:
@@ -259,7 +260,11 @@ def evaluate(
         alone.evaluate(Output(json=json), home, records, threads)
         return
     facts = reading.evaluate(home, records, tuple(private_head or ()), threads=threads)
-    lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
+    name = alone.figure_of(facts)
+    lines = [
+        f"{alone.in_words(name)} before {facts[f'{name}_before']:.3f}, after {facts[f'{name}_after']:.3f} "
+        f"({facts['rounds']} rounds)"
+    ]
     if facts.get("accuracy_head") is not None:
         tried = f"best of {facts['head_models']} step sizes, each at the same epsilon, charged to no ledger"
         lines.append(f"a private linear head alone ({tried}): {facts['accuracy_head']:.3f}")
@@ -273,6 +278,9 @@ def export(
         str,
         typer.Option(help="the base model's hub name or folder, for whoever loads the adapter; the contract's name unless given"),
     ] = "",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="a whole model with the adapter merged into its weights; of a causal language model")
+    ] = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -284,15 +292,16 @@ def export(
     Examples:
       silo export adapter
       silo export adapter --base sentence-transformers/all-MiniLM-L6-v2
+      silo export model --merged
     """
     from cli.output import Output
     from privacy.dp.unprotected import in_words
     from silo import reading
 
-    facts = reading.export(home, folder, base)
+    facts = reading.export(home, folder, base, merged=merged)
     delta = "" if facts["delta"] is None else f" at delta {facts['delta']:g}"
     lines = [
-        f"adapter in {folder}: round {facts['round']}, model {facts['model_digest']}",
+        f"{'model' if merged else 'adapter'} in {folder}: round {facts['round']}, model {facts['model_digest']}",
         f"epsilon {in_words(facts['epsilon'])}{delta}; the export costs nothing",
         f"next: {folder / 'README.md'} has the code that loads it",
     ]

@@ -57,7 +57,7 @@ def terms_in_words(accepted: Accepted) -> list[str]:
         *_loud(terms),
         f"federation {terms.name}, contract version {terms.version}, expires {terms.expires}",
         f"contract digest {_grouped(accepted.digest.hex())}",
-        f"task: {terms.task.kind} into {len(terms.task.labels)} labels: {_some(terms.task.labels)}",
+        f"task: {terms.task.kind} {_learned(terms)}",
         f"base model: {terms.model.name}, digest {terms.model.digest[:16]}…",
         f"trained: {terms.dimension} numbers, rank {terms.adapter.rank}{_heads(terms)}",
         f"privacy unit: {_unit(terms)}; {_hidden(terms)}",
@@ -373,6 +373,14 @@ def _again_in_words(terms: Contract) -> str:
         f"a sum is applied only when {at_least} silos have added up every MiB of it again; this silo does its share of it, "
         f"and a wrong sum is caught while at most {colluders} silos lie"
     )
+
+
+def _learned(terms: Contract) -> str:
+    task = terms.task
+    if not task.is_causal:
+        return f"into {len(task.labels)} labels: {_some(task.labels)}"
+    what = "every token" if task.format == "text" else "the response alone"
+    return f"of records as {task.format}: {what} is learned, within {task.max_length} tokens"
 
 
 def _some(labels: tuple[str, ...]) -> str:

@@ -97,7 +97,10 @@ def earlier_runs(home: Home, accepted: Accepted, settings: config.Config) -> lis
 
 
 def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
-    """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
+    """How good the base model and the reached state are on ``records``; with ``private_head`` the comparison of that name.
+
+    ``silo.learning.evaluation.measure`` says which figures there are, by the kind of task.
+    """
     from silo.learning import evaluation
 
     home, settings = opened(root)
@@ -107,8 +110,8 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
     bases = agreed_basis.of(home, accepted.terms, progress.state)
     bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute, bases=bases)
     facts: dict[str, Any] = {
-        "accuracy_before": evaluation.evaluate(bench, None, records),
-        "accuracy_after": evaluation.evaluate(bench, progress.state, records),
+        **evaluation.measure(bench, None, records, "before"),
+        **evaluation.measure(bench, progress.state, records, "after"),
         "rounds": progress.round,
         "model_digest": progress.state.digest.hex(),
     }
@@ -118,19 +121,20 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
     return facts
 
 
-def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
+def export(root: Path, folder: Path, base: str, *, merged: bool = False) -> dict[str, Any]:
     """The reached model as a PEFT adapter in ``folder``, which appears whole or not at all; see ``silo.learning.export``.
 
     Costs nothing: the state is released, and what is made of it alone is as private as it is.
 
     Args:
         base: how the adapter names the base model: a hub name, or a folder where the adapter is used; the contract's when empty.
+        merged: a whole model instead, with the adapter merged into its weights; of a causal language model.
 
     Raises:
         ConfigError: there is something in ``folder``, or a model of this kind cannot be exported.
     """
     from silo.learning import evaluation
-    from silo.learning.export import adapter
+    from silo.learning import export as exporting
 
     home, settings = opened(root)
     accepted, member, _ = succession.at_work(home)
@@ -143,7 +147,8 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
     )  # fmt: skip
     exact = msgspec.structs.replace(settings.compute, device="cpu", precision="float32")
     bases = agreed_basis.of(home, accepted.terms, progress.state)
-    contents = adapter(evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact, bases=bases), origin)
+    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact, bases=bases)
+    contents = (exporting.merged if merged else exporting.adapter)(bench, origin)
     files.sweep(folder.resolve())
     files.write_folder(folder.resolve(), contents)
     return {

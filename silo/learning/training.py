@@ -32,8 +32,8 @@ from privacy.update_rule import State
 from silo import membership
 from silo.config import Compute, Config
 from silo.home import Home
-from silo.learning import classifier, records, tokens
-from silo.learning.classifier import Classifier
+from silo.learning import models, records, tokens
+from silo.learning.adapted import Adapted
 from silo.learning.gradients import PhysicalBatch, RowsFor, Tape, as_batch, bucket, pack, unit_gradients
 from silo.learning.invariance import check_invariance, probe
 from silo.learning.sampling import Words, poisson
@@ -58,7 +58,7 @@ class Contribution:
 
     Args:
         terms: the contract.
-        model: the classifier of these terms.
+        model: the model of these terms.
         units: this silo's encoded units.
         rows_tokens: tokens in one physical batch: memory and speed. Another value may change the last bits of any unit's integers
             (other shapes, other kernels); within a run it is a constant of the machine.
@@ -81,7 +81,7 @@ class Contribution:
     def __init__(
         self,
         terms: Contract,
-        model: Classifier,
+        model: Adapted,
         units: Sequence[EncodedUnit],
         *,
         rows_tokens: int,
@@ -172,7 +172,7 @@ def build(
 ) -> Contribution:
     """The contribution of the silo in ``home``: model verified by digest, records read and checked, layout tested.
 
-    ``bases``: the factors of each module, where they came out of a gradient (``silo.learning.classifier.assemble``).
+    ``bases``: the factors of each module, where they came out of a gradient (``silo.learning.models.build``).
 
     Raises:
         ConfigError: the model or the records do not fit the contract.
@@ -182,7 +182,7 @@ def build(
     units = records.load(Path(config.records.path), terms.task, terms.privacy, selection_key=home.selection_key)
     records.check_enough(units, terms.privacy)
     device, precision = resolve(config.compute)
-    model = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
+    model = models.build(folder, terms, precision=precision, device=device, bases=bases)
     encoded = tokens.encode(units, folder, terms.task)
     return Contribution(terms, model, encoded, rows_tokens=config.compute.rows_tokens, randomness=randomness)
 
@@ -220,7 +220,7 @@ def rows_for(rows_tokens: int, fewest: int) -> RowsFor:
     return lambda length: max(fewest, rows_tokens // length)
 
 
-def check_responds(model: Classifier, max_length: int) -> None:
+def check_responds(model: Adapted, max_length: int) -> None:
     """Return if every R of ``model`` changes its output on a public record, and has a gradient. The model's state is put back.
 
     An adapter whose hooks hold stale parameters trains on, spends budget, and never changes the model (opacus #820).
@@ -242,12 +242,13 @@ def check_responds(model: Classifier, max_length: int) -> None:
         model.write(nudged)
         with torch.no_grad():
             moved = not torch.equal(model(batch.to(model.device)), logits)
-        blocks = torch.split(
-            unit_gradients(model, batch, Tape(model.dimension)), [*matrices, model.dimension - sum(matrices)], dim=1
-        )
+        parts = dict(zip(model.adapter.names, matrices, strict=True))
+        if head := model.dimension - sum(matrices):
+            parts["the head"] = head
+        blocks = torch.split(unit_gradients(model, batch, Tape(model.dimension)), list(parts.values()), dim=1)
     finally:
         model.write(before)
-    still = [name for name, block in zip((*model.adapter.names, "the head"), blocks, strict=True) if not bool(block.any())]
+    still = [name for name, block in zip(parts, blocks, strict=True) if not bool(block.any())]
     if (matrices and not moved) or still:
         raise MachineError(
             f"the model does not respond to its adapters: {len(still)} of {len(blocks)} parts have no gradient"
