@@ -235,6 +235,12 @@ def evaluate(
     private_head: Annotated[
         list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")
     ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="also answer these questions by likelihood: prompt, choices, answer; of a causal-lm")
+    ] = None,
+    exact_match: Annotated[
+        int, typer.Option(min=0, help="also write so many tokens after each prompt, and compare with its response; of a causal-lm")
+    ] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="compute threads; [compute] threads of silo.toml unless given")] = None,
     by_itself: Annotated[bool, typer.Option("--alone", help="the model of `silo train --alone`, and the federation's")] = False,
     home: SiloHome = HERE,
@@ -250,21 +256,27 @@ def evaluate(
       silo eval --records held-out.jsonl
       silo eval --records held-out.jsonl --private-head north.jsonl --private-head south.jsonl
       silo eval --records held-out.jsonl --alone
+      silo eval --records held-out.jsonl --choices questions.jsonl --exact-match 32
     """
     from cli.output import Output
     from silo import reading
 
     if by_itself:
-        if private_head:
-            raise typer.BadParameter("--private-head is for the federation's model, without --alone")
+        if private_head or choices or exact_match:
+            raise typer.BadParameter("--private-head, --choices and --exact-match are for the federation's model, without --alone")
         alone.evaluate(Output(json=json), home, records, threads)
         return
-    facts = reading.evaluate(home, records, tuple(private_head or ()), threads=threads)
+    facts = reading.evaluate(
+        home, records, tuple(private_head or ()), threads=threads, choices=choices, exact_match=exact_match
+    )  # fmt: skip
     name = alone.figure_of(facts)
     lines = [
         f"{alone.in_words(name)} before {facts[f'{name}_before']:.3f}, after {facts[f'{name}_after']:.3f} "
         f"({facts['rounds']} rounds)"
     ]
+    for each, said in (("choices", "right choices by likelihood"), ("exact_match", "responses written exactly")):
+        if f"{each}_after" in facts:
+            lines.append(f"{said}: before {facts[f'{each}_before']:.3f}, after {facts[f'{each}_after']:.3f}")
     if facts.get("accuracy_head") is not None:
         tried = f"best of {facts['head_models']} step sizes, each at the same epsilon, charged to no ledger"
         lines.append(f"a private linear head alone ({tried}): {facts['accuracy_head']:.3f}")

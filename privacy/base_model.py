@@ -49,7 +49,7 @@ _VALUE_OUTPUT = (
     ("v_proj", "out_proj"),
     ("v_lin", "out_lin"),
 )
-_WRAPPERS = ("model", "transformer", "roberta", "deberta")
+_WRAPPERS = ("model", "transformer", "backbone", "roberta", "deberta")
 # dt_proj: a Mamba reads its weight and never calls it. w: the embeddings of CTRL.
 _NOT_ADAPTED = re.compile(r"embed|norm|pooler|^(wte|wpe|w|shared|lm_head|relative_attention_bias|dt_proj)$", re.IGNORECASE)
 _NOT_LINEAR = re.compile(r"conv|bias$|^(A_log|position_ids)$")

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,10 +25,14 @@ from privacy.dp.together import Together
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, event
 from privacy.identity import keys
+from privacy.update_rule import State
 from silo import agreed_basis, budgeting, config, keyring, other_homes, succession, unit_sets
 from silo.home import Home
 from silo.learning.card import Origin
 from silo.settlement import load_progress
+
+if TYPE_CHECKING:
+    from silo.learning.evaluation import Bench
 
 
 def status(root: Path) -> dict[str, Any]:
@@ -96,10 +100,14 @@ def earlier_runs(home: Home, accepted: Accepted, settings: config.Config) -> lis
     return budgeting.in_words(_account(home, accepted, settings)[0])
 
 
-def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
+def evaluate(
+    root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None, choices: Path | None = None,
+    exact_match: int = 0,
+) -> dict[str, Any]:
     """How good the base model and the reached state are on ``records``; with ``private_head`` the comparison of that name.
 
-    ``silo.learning.evaluation.measure`` says which figures there are, by the kind of task.
+    ``silo.learning.evaluation.measure`` says which figures there are, by the kind of task. ``choices``: questions to be answered by
+    likelihood; ``exact_match``: so many tokens are written after each prompt of ``records`` and compared (silo.learning.answers).
     """
     from silo.learning import evaluation
 
@@ -115,9 +123,25 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
         "rounds": progress.round,
         "model_digest": progress.state.digest.hex(),
     }
+    if choices is not None or exact_match:
+        facts |= _answers(bench, progress.state, records, choices, exact_match)
     if private_head:
         facts["accuracy_head"] = evaluation.private_head(bench, private_head, records)
         facts["head_models"] = len(evaluation.HEAD_RATES)
+    return facts
+
+
+def _answers(bench: Bench, state: State, records: Path, choices: Path | None, exact_match: int) -> dict[str, float]:
+    """How often the base model and the one at ``state`` answer rightly, by the ways that were asked for."""
+    from silo.learning import answers
+
+    facts: dict[str, float] = {}
+    questions = [] if choices is None else answers.read_questions(choices)
+    for name, at in (("before", None), ("after", state)):
+        if questions:
+            facts[f"choices_{name}"], facts[f"choices_per_token_{name}"] = answers.choose(bench, at, questions)
+        if exact_match:
+            facts[f"exact_match_{name}"] = answers.exact_matches(bench, at, records, exact_match)
     return facts
 
 

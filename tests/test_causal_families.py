@@ -59,7 +59,7 @@ def test_gemma_2_caps_its_logits_and_so_do_we(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "reason"),
     [
-        ("opt", OPT, r"layers\.0\.fc1 got an input of shape \(8, 2\)"),
+        ("opt", OPT, r"layers\.0\.fc1 got an input of shape \(16, 2\)"),
         ("mixtral", {**causal_models.SIZES, "num_local_experts": 4}, r"leave out .* matrices .*\.experts\."),
     ],
 )

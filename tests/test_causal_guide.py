@@ -37,15 +37,15 @@ def test_the_guide_to_causal_language_models_runs_as_it_is_written(tmp_path: Pat
                 if own_terminals:
                     running.append(sessions.start(*words, cwd=tmp_path))
                     continue
-                done = sessions.finish(*words, cwd=tmp_path, timeout_s=240)
+                done = sessions.finish(*words, cwd=tmp_path, timeout_s=900)
                 assert done.code == 0, f"{line}\n{done.out}{done.err}"
                 printed += done.out
                 if words[:2] == ["aggregator", "init"]:
                     fingerprint = re.search(r"fingerprint ([0-9a-f ]{79})", done.out)[1]
         assert all(child.wait(60) == 0 for child in running[1:]), "a silo failed"
         asked = ("silo", "eval", "--json", "--home", "north", "--records", "north/records.jsonl")
-        measured = sessions.finish(*asked, cwd=tmp_path).document
-        report = sessions.finish("aggregator", "report", "--home", "hub", "--json", cwd=tmp_path)
+        measured = sessions.finish(*asked, cwd=tmp_path, timeout_s=900).document
+        report = sessions.finish("aggregator", "report", "--home", "hub", "--json", cwd=tmp_path, timeout_s=900)
     finally:
         for child in running:
             child.terminate()

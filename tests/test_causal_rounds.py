@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -74,11 +73,10 @@ def learned(folder: Path, tmp_path: Path, records: list, held_out: list, *, rate
     encoded = bench.units(sessions.write_rows(tmp_path / "records.jsonl", records))
     away = sessions.write_rows(tmp_path / "held-out.jsonl", held_out)
     contribute = training.Contribution(terms, bench.model, encoded, rows_tokens=512)
-    alone = msgspec.structs.replace(terms, member=terms.member[:1])
     state = update_rule.initial(terms)
     before = evaluation.likelihood(bench, None, away)
     for _ in range(steps):
-        state = update_rule.advance(state, contribute(state), alone)
+        state = update_rule.advance(state, contribute(state), terms)
     return before, evaluation.likelihood(bench, state, away)
 
 

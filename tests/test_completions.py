@@ -12,7 +12,7 @@ import pytest
 from privacy import base_model
 from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Privacy, Task
-from silo.learning import records, tokens
+from silo.learning import completions, records, tokens
 from silo.learning.completions import encoded
 from silo.learning.records import Record, Unit
 from tests import causal_models
@@ -115,8 +115,11 @@ def test_a_template_that_refuses_or_rewrites_a_conversation_is_said_so():
 
 
 def test_a_template_that_writes_the_day_writes_the_same_day_always():
-    dated = "w{{ strftime_now('%d') }} " + causal_models.CHAT
-    assert rows("messages", ("user", "w1", "assistant", "w2"), template=dated)[0][0][0] == w(26)[0]
+    dated = "\n{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} " + causal_models.CHAT
+    record = Record(texts=("user", "w1", "assistant", "w2"), label=0)
+    (prompt,), (response,) = completions._rendered([record], causal_models.tokenizer(dated))
+    assert prompt == "\n26 Jul 2024 <|user|> w1 <|end|> <|assistant|> "
+    assert response == "w2 <|end|> "
 
 
 def test_the_chat_template_is_part_of_the_base_models_digest(tmp_path: Path):

@@ -8,7 +8,6 @@ across the boundary. Not promised: that a chat template means what its author sa
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Task
 from silo.learning.records import Record
 
-_TODAY = datetime.date(2024, 7, 26)
-"""The date for templates that write one; Llama 3's own where there is no clock."""
+_ONE_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}{{ '' }}"
+"""What is put in front of a template that asks for the day, so that records do not depend on it: Llama 3's day without a clock."""
 
 
 def encoded(records: Sequence[Record], tokenizer: Any, task: Task) -> list[tuple[tuple[int, ...], None, int]]:  # noqa: ANN401
@@ -102,10 +101,12 @@ def _rendered(records: Sequence[Record], tokenizer: Any) -> tuple[list[str], lis
 def _apply(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> str:  # noqa: ANN401
     from jinja2 import TemplateError
 
+    template = tokenizer.get_chat_template()
+    template = _ONE_DAY + template if "strftime_now" in template else template
     try:
         found: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompted, strftime_now=_TODAY.strftime
-        )
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompted
+        )  # fmt: skip
     except TemplateError as error:
         raise RecordsError(
             "the base model's chat template refuses a conversation",

@@ -33,6 +33,7 @@ from silo.learning.adapted import Adapted
 from silo.learning.causal import CausalModel
 from silo.learning.classifier import Classifier
 from silo.learning.gradients import DUMMY, PhysicalBatch, pack
+from silo.learning.records import Unit
 from silo.learning.sampling import poisson
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import resolve, rows_for
@@ -51,9 +52,13 @@ class Bench:
     rows_tokens: int
 
     def units(self, path: Path) -> list[EncodedUnit]:
+        """``records`` in token numbers."""
+        return tokens.encode(self.records(path), self.folder, self.terms.task)
+
+    def records(self, path: Path) -> tuple[Unit, ...]:
         """Every record of ``path`` as a unit of its own: an evaluation counts records and keeps all of them."""
         each = msgspec.structs.replace(self.terms.privacy, unit=records.RECORD_AS_UNIT, max_records_per_unit=1)
-        return tokens.encode(records.load(path, self.terms.task, each, selection_key=bytes(32)), self.folder, self.terms.task)
+        return records.load(path, self.terms.task, each, selection_key=bytes(32))
 
 
     @property
@@ -63,6 +68,17 @@ class Bench:
             raise ConfigError(
                 f"this is for text classification, the contract's task is {self.terms.task.kind}",
                 hint="a causal language model has no head and no labels", code="task-kind",
+            )  # fmt: skip
+        return self.model
+
+
+    @property
+    def causal(self) -> CausalModel:
+        """The model, which is to be one that completes texts. Raises ConfigError where it classifies."""
+        if not isinstance(self.model, CausalModel):
+            raise ConfigError(
+                f"this is for causal language models, the contract's task is {self.terms.task.kind}",
+                hint="a classifier has labels, and no likelihood of a response", code="task-kind",
             )  # fmt: skip
         return self.model
 
@@ -121,9 +137,11 @@ def likelihood(bench: Bench, state: State | None, path: Path) -> Likelihood:
     """The mean loss per response token over the records in ``path``, at ``state``; None is the base model.
 
     Longer responses count for more here than in training, where each record's mean counts once: this is the usual perplexity.
+
+    Raises:
+        ConfigError: the task is another.
     """
-    model = bench.model
-    assert isinstance(model, CausalModel)
+    model = bench.causal
     model.write((state or update_rule.initial(bench.terms)).theta)
     total, count = 0.0, 0
     for batch in _batches(bench.units(path), bench.terms, bench.rows_tokens):

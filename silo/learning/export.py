@@ -91,12 +91,7 @@ def merged(bench: Bench, origin: Origin) -> dict[str, bytes]:
     Raises:
         ConfigError: the task is another.
     """
-    model = bench.model
-    if not isinstance(model, CausalModel):
-        raise ConfigError(
-            f"a merged model is for causal language models, the contract's task is {bench.terms.task.kind}",
-            hint="leave --merged out: an adapter brings its head with it", code="task-kind",
-        )  # fmt: skip
+    model = bench.causal
     model.write(origin.state.theta)
     whole = load(bench.folder)
     with torch.no_grad():

@@ -112,7 +112,7 @@ def _record(path: Path, line: int, row: Row, task: Task) -> Record:
     if task.is_causal:
         return Record(texts=_completion(path, line, row, task.format), label=0)
     fields = ("text", "text_pair") if task.text_pair else ("text",)
-    return Record(texts=tuple(_text(path, line, row, field) for field in fields), label=_label(path, line, row, task.labels))
+    return Record(texts=tuple(text_of(path, line, row, field) for field in fields), label=_label(path, line, row, task.labels))
 
 
 def _completion(path: Path, line: int, row: Row, form: str) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ def _completion(path: Path, line: int, row: Row, form: str) -> tuple[str, ...]:
         refuse(path, line, f'the field "{min(other)}" does not go with format = "{form}"', "write records as the contract says")
     if form == "messages":
         return _messages(path, line, _field(path, line, row, "messages"))
-    return tuple(_text(path, line, row, field) for field in fields)
+    return tuple(text_of(path, line, row, field) for field in fields)
 
 
 def _messages(path: Path, line: int, found: object) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def _messages(path: Path, line: int, found: object) -> tuple[str, ...]:
     for place, message in enumerate(found, start=1):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             refuse(path, line, f"message {place} is not of a role and a content alone", hint)
-        flat += [_text(path, line, message, field) for field in ("role", "content")]
+        flat += [text_of(path, line, message, field) for field in ("role", "content")]
     if flat[-2] != "assistant":
         refuse(path, line, "the last message is not the assistant's: there is no response to learn", hint)
     return tuple(flat)
@@ -149,7 +149,8 @@ def _field(path: Path, line: int, row: Row, field: str) -> object:
     return value
 
 
-def _text(path: Path, line: int, row: Row, field: str) -> str:
+def text_of(path: Path, line: int, row: Row, field: str) -> str:
+    """The text of a field. Raises RecordsError where there is none, or it is empty or cannot be encoded."""
     value = _field(path, line, row, field)
     if not isinstance(value, str):
         refuse(path, line, f'"{field}" is {type(value).__name__}, expected text', f'write "{field}" as text')
