@@ -30,6 +30,7 @@ from cli.options import (
     Rank,
     SamplingRate,
     Targets,
+    TwoSilos,
     Units,
     WithoutPrivacy,
     check_kind,
@@ -90,9 +91,7 @@ def init(
     protocol: Protocol = "consent",
     dropouts: Dropouts = 0,
     signatures: Annotated[str, typer.Option(help="ed25519, or ed25519+ml-dsa-65: both, against quantum computers too")] = "ed25519",
-    two: Annotated[
-        bool, typer.Option("--two-silos-see-each-other", help="two members: each reads the other's noised vector off the sum")
-    ] = False,
+    two: TwoSilos = False,
     without_privacy: WithoutPrivacy = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
@@ -110,7 +109,7 @@ def init(
     from cli.output import Output
 
     refuse_figures(context, without_privacy)
-    check_kind(kind, labels=labels, form=form)
+    check_kind(kind, labels=labels, form=form, of_texts=text_pair or pooling != "mean")
     table, modules, lora_width = commands.describe_model(model, words(targets), pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
         name=name, expires=commands.in_a_year(), kind=kind, labels=words(labels), format=form, model=table, modules=modules,

@@ -6,7 +6,7 @@ Keys of the other kind are refused where they change anything: one that stands t
 
 from __future__ import annotations
 
-from privacy.contract import Contract, contradiction
+from privacy.contract import Contract, Task, contradiction
 
 
 def check_task(terms: Contract) -> None:
@@ -36,3 +36,12 @@ def check_task(terms: Contract) -> None:
         raise contradiction(f"kind = causal-lm with adapter.basis = {terms.adapter.basis}", 'it is "weights" or "random"')
     if not terms.adapter.modules:
         raise contradiction("kind = causal-lm without adapter.modules", "there is no head: nothing would be trained")
+
+
+def in_words(task: Task) -> str:
+    """What is learned, for a person who is to agree to it."""
+    if not task.is_causal:
+        shown = ", ".join(task.labels[:6]) + (", …" if len(task.labels) > 6 else "")
+        return f"{task.kind} into {len(task.labels)} labels: {shown}"
+    what = "every token" if task.format == "text" else "the response alone"
+    return f"{task.kind} of records as {task.format}: {what} is learned, within {task.max_length} tokens"

@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from torch.nn import functional
 from transformers import BertConfig, BertLMHeadModel
 
+from aggregator.draft import Terms, draft
+from cli.options import check_kind
 from privacy import update_rule
 from privacy.errors import ConfigError
-from privacy.federation import parse
+from privacy.federation import Model, parse
+from privacy.identity.keys import PublicIdentity
 from silo import membership
 from silo.learning import causal, classifier
 from silo.learning.gradients import as_batch, pack
@@ -23,7 +27,7 @@ from silo.learning.models import build
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution
 from tests import causal_models, tiny_models
-from tests.terms import contract_bytes
+from tests.terms import contract_bytes, public
 
 LENGTH, ROWS = 16, 6
 
@@ -157,6 +161,37 @@ def test_a_classification_has_no_format_and_needs_labels():
         parse(contract_bytes(task={"format": "text"}))
     with pytest.raises(ConfigError, match="labels"):
         parse(contract_bytes(task={"labels": None}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "form", "of_texts"),
+    [
+        ("causal-lm", "", "", False), ("causal-lm", "no,yes", "text", False), ("causal-lm", "", "text", True),
+        ("text-classification", "", "", False), ("text-classification", "no,yes", "text", False), ("regression", "a,b", "", False),
+    ],
+)  # fmt: skip
+def test_the_command_line_asks_for_what_a_kind_needs_and_for_nothing_else(kind, labels, form, of_texts):
+    with pytest.raises(typer.BadParameter):
+        check_kind(kind, labels=labels, form=form, of_texts=of_texts)
+    check_kind("causal-lm", labels="", form="text", of_texts=False)
+    check_kind("text-classification", labels="no,yes", form="", of_texts=True)
+
+
+def test_a_draft_of_this_kind_says_what_it_learns_and_is_a_contract(tmp_path: Path):
+    """Every key of the draft; the tables of people are the template's."""
+    model = Model(name="tiny", digest="00" * 32, hidden_size=16)
+    drafted = draft(
+        Terms(
+            name="trial", expires="2099-12-31", kind="causal-lm", format="messages", model=model, modules=causal_models.MODULES,
+            units=60, rounds=3, noise_multiplier=2.0, lattice_bits=12, rank=4,
+        ),
+        PublicIdentity(name="hub", sign_key=bytes.fromhex(public(100)), seal_key=bytes(1216)),
+    )  # fmt: skip
+    members = "[[member]]" + contract_bytes().decode().split("[[member]]", 1)[1]
+    found = parse(f"{drafted}\n{members}".encode()).terms
+    assert (found.task.kind, found.task.format, found.task.labels) == ("causal-lm", "messages", ())
+    assert "pooling" not in drafted
+    assert "head_scale" not in drafted
 
 
 def test_a_silo_agrees_to_what_is_learned_in_words():

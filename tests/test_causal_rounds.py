@@ -10,7 +10,10 @@ import pytest
 
 from privacy import base_model, federation, update_rule
 from privacy.dp import noise
+from privacy.errors import RecordsError
 from privacy.federation import ring_plan
+from silo import config, membership
+from silo.home import Home
 from silo.learning import evaluation, training
 from silo.learning.training import Contribution
 from tests import causal_models, sessions
@@ -99,3 +102,25 @@ def test_held_out_loss_of_a_pretrained_llama_falls_without_noise(tmp_path, share
     ]  # fmt: skip
     before, after = learned(folder, tmp_path, told[:15], told[15:], rate=0.02, steps=6)
     assert after.loss < before.loss - 0.2
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_contract_is_signed(tmp_path):
+    folder = causal_models.folder(tmp_path / "model")
+    changed = causal_models.changes(
+        task={"max_length": 8}, model={"name": str(folder), "digest": base_model.digest(folder)},
+        privacy={"units": 10, "sampling_rate": 0.2},
+    )  # fmt: skip
+    accepted = federation.parse(contract_bytes(**changed))
+    home = Home.create(tmp_path / "silo")
+    rows = causal_models.rows(4)
+    for words, usable in ((6, True), (7, False)):
+        path = sessions.write_rows(tmp_path / "records.jsonl", [*rows, {"prompt": "w1 " * words, "response": "w2"}])
+        settings = config.Config(
+            name="north", organisation="North", aggregator=config.Aggregator(url="http://127.0.0.1:1", fingerprint=""),
+            records=config.Records(path=str(path)), limits=config.Limits(epsilon=8.0, delta=1e-5),
+        )  # fmt: skip
+        if usable:
+            assert len(membership.check_fit(accepted, config=settings, home=home)) == 5
+            continue
+        with pytest.raises(RecordsError, match="1 of 5 records leave no token of a response within 8 tokens"):
+            membership.check_fit(accepted, config=settings, home=home)
