@@ -102,7 +102,7 @@ class Adapted(nn.Module, ABC):
     @contextlib.contextmanager
     def recording_head(self, blocks: tuple[Tensor, ...]) -> Iterator[None]:
         """The same for what is trained beside the R, whose blocks ``(rows, ·)`` these are; nothing where there is no such thing."""
-        assert not blocks
+        del blocks
         yield
 
     def trainables(self) -> list[Tensor]:
@@ -224,6 +224,7 @@ def _rope_types(encoder: PreTrainedModel) -> list[str]:
 
 
 def agree(what: str, found: int, wanted: int) -> None:
+    """Returns when a figure of the model is the contract's. Raises ConfigError when it is not."""
     if found != wanted:
         raise ConfigError(
             f"the base model's {what} is {found}, the contract says {wanted}",

@@ -76,16 +76,17 @@ def choose(bench: Bench, state: State | None, questions: Sequence[Question]) -> 
 def exact_matches(bench: Bench, state: State | None, path: Path, most: int) -> float:
     """The share of the records in ``path`` whose response is what the model writes after the prompt, up to white space at the ends.
 
-    It writes greedily, one record at a time: the likeliest token each time, until the end of text or ``most`` tokens.
+    It writes greedily, one record at a time: the likeliest token each time, until the end of text, or ``most`` tokens, or
+    the contract's length is reached.
 
     Raises:
         ConfigError, RecordsError: as ``choose``, and as ``silo.learning.records.load``.
     """
-    model, tokenizer = _at(bench, state), tokens.load(bench.folder)
+    model, tokenizer, longest = _at(bench, state), tokens.load(bench.folder), bench.terms.task.max_length
     asked = [record for unit in bench.records(path) for record in unit.records]
     right = 0
     for record, (ids, _, prompt) in zip(asked, completions.encoded(asked, tokenizer, bench.terms.task), strict=True):
-        written = written_after(model, ids[:prompt], most=most, end=tokenizer.eos_token_id)
+        written = written_after(model, ids[:prompt], most=min(most, longest - prompt), end=tokenizer.eos_token_id)
         right += tokenizer.decode(written, skip_special_tokens=True).strip() == _plain(tokenizer, record.texts[-1])
     return right / len(asked)
 
@@ -94,10 +95,10 @@ def written_after(model: CausalModel, prompt: Sequence[int], *, most: int, end: 
     """At most ``most`` token numbers after ``prompt``, each the likeliest, up to and without ``end``; the first of equal ones."""
     found: list[int] = []
     while len(found) < most:
-        ids = torch.tensor([[*prompt, *found]], device=model.device)
+        so_far = EncodedUnit(id="", rows=(((*prompt, *found), None, 0),))
+        batch = as_batch([so_far], len(prompt) + len(found), 1).to(model.device)
         with torch.no_grad():
-            hidden = model.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-            likeliest = int(model.logits(hidden[:, -1]).argmax())
+            likeliest = int(model.logits(model.hidden(batch)[:, -1]).argmax())
         if likeliest == end:
             break
         found.append(likeliest)
@@ -106,13 +107,14 @@ def written_after(model: CausalModel, prompt: Sequence[int], *, most: int, end: 
 
 def _at(bench: Bench, state: State | None) -> CausalModel:
     """The model at ``state``. Raises ConfigError where records have no prompt to answer."""
-    if bench.causal and bench.terms.task.format == "text":
+    model = bench.causal
+    if bench.terms.task.format == "text":
         raise ConfigError(
             "the contract's records are texts, without prompt and response",
             hint="answers can be judged where format is prompt-response or messages", code="task-kind",
         )  # fmt: skip
-    bench.causal.write((state or update_rule.initial(bench.terms)).theta)
-    return bench.causal
+    model.write((state or update_rule.initial(bench.terms)).theta)
+    return model
 
 
 def _record(bench: Bench, prompt: str, choice: str) -> Record:
