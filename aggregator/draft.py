@@ -31,12 +31,14 @@ class Terms:
 
     name: str
     expires: str
-    labels: Sequence[str]
     model: Model
     modules: Sequence[str]
     units: int
     rounds: int
+    kind: str = "text-classification"
+    labels: Sequence[str] = ()
     text_pair: bool = False
+    format: str = ""
     max_length: int = defaults.MAX_LENGTH
     rank: int = defaults.RANK
     basis: str = defaults.BASIS
@@ -127,14 +129,17 @@ signatures = {quote(terms.signatures)}
 
 
 def _what(terms: Terms) -> str:
+    causal = terms.kind == "causal-lm"
+    pooling = f"""\
+# How token vectors become one: "mean", "cls" or "last".
+pooling = {quote(terms.model.pooling)}
+"""
+    head_scale = f"""\
+# What the head's input is multiplied by; a smaller one leaves more of the clip to R.
+head_scale = {terms.head_scale!r}
+"""
     return f"""\
-[task]
-# What is learned.
-kind = "text-classification"
-# The public label space; never derived from records. A label's position is its class.
-labels = {_list(terms.labels)}
-# Whether a record has a second text.
-text_pair = {_bool(terms.text_pair)}
+{_completion(terms) if causal else _classification(terms)}
 # Tokens per record; longer ones are cut.
 max_length = {terms.max_length}
 
@@ -145,9 +150,7 @@ name = {quote(terms.model.name)}
 digest = {quote(terms.model.digest)}
 # The width of the encoder's output.
 hidden_size = {terms.model.hidden_size}
-# How token vectors become one: "mean", "cls" or "last".
-pooling = {quote(terms.model.pooling)}
-
+{"" if causal else pooling}
 [adapter]
 # r: each adapted layer trains one r x r matrix for each of its heads.
 rank = {terms.rank}
@@ -161,9 +164,28 @@ modules = {_list(terms.modules)}
 basis = {quote(terms.basis)}
 # The adapter's scale: W + scale * B R A. Gradients are clipped together, so a larger scale gives R a larger share of the clip.
 scale = {terms.scale!r}
-# What the head's input is multiplied by; a smaller one leaves more of the clip to R.
-head_scale = {terms.head_scale!r}
-"""
+{"" if causal else head_scale}"""
+
+
+def _classification(terms: Terms) -> str:
+    return f"""\
+[task]
+# What is learned.
+kind = "text-classification"
+# The public label space; never derived from records. A label's position is its class.
+labels = {_list(terms.labels)}
+# Whether a record has a second text.
+text_pair = {_bool(terms.text_pair)}"""
+
+
+def _completion(terms: Terms) -> str:
+    return f"""\
+[task]
+# What is learned: the next token, with the base model's own output layer.
+kind = "causal-lm"
+# What a record is: "text", of which every token is learned; "prompt-response", of which the response is; or "messages", a
+# conversation that the base model's chat template writes out, of which the last message is.
+format = {quote(terms.format)}"""
 
 
 def _basis(terms: Terms) -> tuple[str, ...]:

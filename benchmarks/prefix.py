@@ -28,7 +28,7 @@ LAYERS = 6
 
 def measure(model: Classifier, batch: PhysicalBatch, repeats: int) -> dict[str, float]:
     """Seconds plain and kept, and how many times as fast; bytes of a token; whether all bits are equal."""
-    tape, prefix = Tape(model.dimension), model.prefix
+    tape, prefix = Tape(model.dimension), model.frozen
     assert prefix is not None
     prefix.keep(None, GIB)
 

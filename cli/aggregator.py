@@ -19,8 +19,10 @@ from cli.options import (
     AggregatorHome,
     Basis,
     Dropouts,
+    Form,
     Heads,
     Json,
+    Kind,
     LastLayers,
     MaxSilos,
     Protocol,
@@ -28,8 +30,10 @@ from cli.options import (
     Rank,
     SamplingRate,
     Targets,
+    TwoSilos,
     Units,
     WithoutPrivacy,
+    check_kind,
     refuse_figures,
     words,
 )
@@ -58,9 +62,11 @@ def init(
     context: typer.Context,
     name: Annotated[str, typer.Option(help="the federation's name")],
     organisation: Annotated[str, typer.Option(help="who coordinates")],
-    labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order")],
     units: Units,
     rounds: Annotated[int, typer.Option(min=1, help="the declared plan: how many private rounds")],
+    labels: Annotated[str, typer.Option(help="the public label space, comma separated, in order; of a classification")] = "",
+    kind: Kind = "text-classification",
+    form: Form = "",
     mode: Annotated[str, typer.Option(help=MODE_HELP)] = "joint",
     steps_per_round: Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)] = None,
     model: Annotated[str, typer.Option(help="a folder, `minilm`, or a hub name")] = "minilm",
@@ -85,9 +91,7 @@ def init(
     protocol: Protocol = "consent",
     dropouts: Dropouts = 0,
     signatures: Annotated[str, typer.Option(help="ed25519, or ed25519+ml-dsa-65: both, against quantum computers too")] = "ed25519",
-    two: Annotated[
-        bool, typer.Option("--two-silos-see-each-other", help="two members: each reads the other's noised vector off the sum")
-    ] = False,
+    two: TwoSilos = False,
     without_privacy: WithoutPrivacy = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="where the mailbox listens; 0 takes a free port")] = 8470,
     home: AggregatorHome = HERE,
@@ -96,17 +100,20 @@ def init(
     """Create the aggregator's directory: keys, aggregator.toml, and a commented draft contract that you then own.
 
     \b
-    Example:
+    Examples:
       aggregator init --name trial --organisation "Trial Office" --labels no,yes --units 1000 --rounds 40
+      aggregator init --name trial --organisation "Trial Office" --kind causal-lm --format text --model DIR --units 1000 --rounds 40
     """
     from aggregator import commands
     from aggregator.draft import Terms
     from cli.output import Output
 
     refuse_figures(context, without_privacy)
+    check_kind(kind, labels=labels, form=form, of_texts=text_pair or pooling != "mean")
     table, modules, lora_width = commands.describe_model(model, words(targets), pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
-        name=name, expires=commands.in_a_year(), labels=words(labels), model=table, modules=modules, units=units, rounds=rounds,
+        name=name, expires=commands.in_a_year(), kind=kind, labels=words(labels), format=form, model=table, modules=modules,
+        units=units, rounds=rounds,
         mode=mode, steps_per_round=steps_per_round or defaults.STEPS_PER_ROUND.get(mode, 1), text_pair=text_pair,
         max_length=max_length, rank=rank, heads=heads, basis=basis, shapes=commands.shapes_of(model, modules), scale=scale,
         public_data=public_data, learning_rate=learning_rate, unit=unit,

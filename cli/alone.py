@@ -34,17 +34,28 @@ def train(output: Output, home: Path, rounds: int | None, *, contract: Path | No
 
 
 def evaluate(output: Output, home: Path, records: Path, threads: int | None) -> None:
-    """Accuracies on records of one's own; the figures stay here."""
+    """How good the models are on records of one's own; the figures stay here."""
     from silo import alone
 
     facts = alone.evaluate(home, records, threads=threads)
+    name = figure_of(facts)
     lines = [
-        f"accuracy before {facts['accuracy_before']:.3f}, "
-        f"alone {facts['accuracy_alone']:.3f} ({facts['rounds_alone']} of {facts['rounds_planned']} rounds)"
+        f"{in_words(name)} before {facts[f'{name}_before']:.3f}, "
+        f"alone {facts[f'{name}_alone']:.3f} ({facts['rounds_alone']} of {facts['rounds_planned']} rounds)"
     ]
-    if "accuracy_after" in facts:
-        lines.append(f"with the federation {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)")
+    if f"{name}_after" in facts:
+        lines.append(f"with the federation {facts[f'{name}_after']:.3f} ({facts['rounds']} rounds)")
     output.result(facts, lines)
+
+
+def figure_of(facts: dict[str, Any]) -> str:
+    """The figure that is shown of an evaluation: of a classifier its accuracy, of a causal language model its perplexity."""
+    return "accuracy" if "accuracy_before" in facts else "perplexity"
+
+
+def in_words(figure: str) -> str:
+    """A figure's name as it is printed."""
+    return "perplexity per response token" if figure == "perplexity" else figure
 
 
 def _words(facts: dict[str, Any]) -> list[str]:

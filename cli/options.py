@@ -42,6 +42,13 @@ WithoutPrivacy = Annotated[
         help="NO differential privacy: no noise, no epsilon; exact sums over blocks of silos are seen by everybody",
     ),
 ]
+TwoSilos = Annotated[
+    bool, typer.Option("--two-silos-see-each-other", help="two members: each reads the other's noised vector off the sum")
+]
+Kind = Annotated[str, typer.Option(help="what is learned: text-classification, or causal-lm (to complete texts or prompts)")]
+Form = Annotated[
+    str, typer.Option("--format", help="with causal-lm: what a record is: text, prompt-response or messages (by the chat template)")
+]
 MODE_HELP = "joint: a round is one private step over all silos; local: steps of each silo alone, then the mean of their changes"
 STEPS_HELP = f"local mode: private steps that each silo takes in a round; {defaults.STEPS_PER_ROUND['local']} unless given"
 ROUNDS_HELP = f"private rounds; {defaults.ROUNDS['joint']}, or {defaults.ROUNDS['local']} in local mode, unless given"
@@ -56,6 +63,21 @@ def refuse_figures(context: typer.Context, without_privacy: bool) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(f"--{name} and --without-privacy contradict each other: without noise there is no {name}")
+
+
+def check_kind(kind: str, *, labels: str, form: str, of_texts: bool) -> None:
+    """Return if there is such a kind of task, with labels or a format as it needs them.
+
+    ``of_texts``: whether something was asked for that only a classification has, a second text or a pooling.
+    """
+    needed = {"text-classification": ("--labels", labels, "--format", form), "causal-lm": ("--format", form, "--labels", labels)}
+    if kind not in needed:
+        raise typer.BadParameter(f"--kind {kind} is not known: {' or '.join(needed)}")
+    own, given, other, stray = needed[kind]
+    if not given or stray:
+        raise typer.BadParameter(f"--kind {kind} needs {own}, and has no {other}")
+    if of_texts and kind == "causal-lm":
+        raise typer.BadParameter("--text-pair and --pooling are for --kind text-classification")
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -235,31 +235,48 @@ def evaluate(
     private_head: Annotated[
         list[Path] | None, typer.Option(help="also train a private linear head alone on these records, to compare")
     ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="also answer these questions by likelihood: prompt, choices, answer; of a causal-lm")
+    ] = None,
+    exact_match: Annotated[
+        int, typer.Option(min=0, help="also write so many tokens after each prompt, and compare with its response; of a causal-lm")
+    ] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="compute threads; [compute] threads of silo.toml unless given")] = None,
     by_itself: Annotated[bool, typer.Option("--alone", help="the model of `silo train --alone`, and the federation's")] = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
-    """Accuracy of the base model and of the federation's model on records of your own.
+    """How good the base model and the federation's model are on records of your own.
 
-    The figures depend on records: they are printed here and sent nowhere.
+    The accuracy of a classifier; the loss and perplexity per response token of a causal language model. The figures depend on
+    records: they are printed here and sent nowhere.
 
     \b
     Examples:
       silo eval --records held-out.jsonl
       silo eval --records held-out.jsonl --private-head north.jsonl --private-head south.jsonl
       silo eval --records held-out.jsonl --alone
+      silo eval --records held-out.jsonl --choices questions.jsonl --exact-match 32
     """
     from cli.output import Output
     from silo import reading
 
     if by_itself:
-        if private_head:
-            raise typer.BadParameter("--private-head is for the federation's model, without --alone")
+        if private_head or choices or exact_match:
+            raise typer.BadParameter("--private-head, --choices and --exact-match are for the federation's model, without --alone")
         alone.evaluate(Output(json=json), home, records, threads)
         return
-    facts = reading.evaluate(home, records, tuple(private_head or ()), threads=threads)
-    lines = [f"accuracy before {facts['accuracy_before']:.3f}, after {facts['accuracy_after']:.3f} ({facts['rounds']} rounds)"]
+    facts = reading.evaluate(
+        home, records, tuple(private_head or ()), threads=threads, choices=choices, exact_match=exact_match
+    )  # fmt: skip
+    name = alone.figure_of(facts)
+    lines = [
+        f"{alone.in_words(name)} before {facts[f'{name}_before']:.3f}, after {facts[f'{name}_after']:.3f} "
+        f"({facts['rounds']} rounds)"
+    ]
+    for each, said in (("choices", "right choices by likelihood"), ("exact_match", "responses written exactly")):
+        if f"{each}_after" in facts:
+            lines.append(f"{said}: before {facts[f'{each}_before']:.3f}, after {facts[f'{each}_after']:.3f}")
     if facts.get("accuracy_head") is not None:
         tried = f"best of {facts['head_models']} step sizes, each at the same epsilon, charged to no ledger"
         lines.append(f"a private linear head alone ({tried}): {facts['accuracy_head']:.3f}")
@@ -273,6 +290,9 @@ def export(
         str,
         typer.Option(help="the base model's hub name or folder, for whoever loads the adapter; the contract's name unless given"),
     ] = "",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="a whole model with the adapter merged into its weights; of a causal language model")
+    ] = False,
     home: SiloHome = HERE,
     json: Json = False,
 ) -> None:
@@ -284,15 +304,16 @@ def export(
     Examples:
       silo export adapter
       silo export adapter --base sentence-transformers/all-MiniLM-L6-v2
+      silo export model --merged
     """
     from cli.output import Output
     from privacy.dp.unprotected import in_words
     from silo import reading
 
-    facts = reading.export(home, folder, base)
+    facts = reading.export(home, folder, base, merged=merged)
     delta = "" if facts["delta"] is None else f" at delta {facts['delta']:g}"
     lines = [
-        f"adapter in {folder}: round {facts['round']}, model {facts['model_digest']}",
+        f"{'model' if merged else 'adapter'} in {folder}: round {facts['round']}, model {facts['model_digest']}",
         f"epsilon {in_words(facts['epsilon'])}{delta}; the export costs nothing",
         f"next: {folder / 'README.md'} has the code that loads it",
     ]

@@ -26,9 +26,10 @@ ALL_LINEAR = "all-linear"
 """The target that stands for every adaptable linear module."""
 VALUE_OUTPUT = "value-output"
 """The target that stands for the value and output projections of attention."""
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
-_TOKENIZER_FILES = (
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+TOKENIZER_FILES = (
     "added_tokens.json",
+    "chat_template.jinja",
     "merges.txt",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
@@ -48,7 +49,7 @@ _VALUE_OUTPUT = (
     ("v_proj", "out_proj"),
     ("v_lin", "out_lin"),
 )
-_WRAPPERS = ("model", "transformer", "roberta", "deberta")
+_WRAPPERS = ("model", "transformer", "backbone", "roberta", "deberta")
 # dt_proj: a Mamba reads its weight and never calls it. w: the embeddings of CTRL.
 _NOT_ADAPTED = re.compile(r"embed|norm|pooler|^(wte|wpe|w|shared|lm_head|relative_attention_bias|dt_proj)$", re.IGNORECASE)
 _NOT_LINEAR = re.compile(r"conv|bias$|^(A_log|position_ids)$")
@@ -117,7 +118,7 @@ def digest(folder: Path) -> str:
             state.update((tensor.end - tensor.begin).to_bytes(8, "big"))
             with memoryview(data) as view, view[tensor.begin : tensor.end] as content:
                 state.update(content)
-    for path in sorted(folder / name for name in ("config.json", *_TOKENIZER_FILES)):
+    for path in sorted(folder / name for name in ("config.json", *TOKENIZER_FILES)):
         if path.is_file():
             with path.open("rb") as file:
                 _feed(state, path.name.encode(), hashlib.file_digest(file, "sha256").digest())

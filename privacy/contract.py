@@ -30,17 +30,34 @@ Hex1952 = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{3904})?\Z")]
 Hex1216 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{2432}\Z")]
 
 
+def contradiction(what: str, against: str) -> ConfigError:
+    """The error of terms that contradict each other, or a rule."""
+    return ConfigError(f"federation.toml: {what}; {against}", hint="change the draft and sign it again", code="contract")
+
+
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the contract's tables: unknown keys are refused."""
 
 
 class Task(Table, frozen=True, kw_only=True):
-    """What is learned. ``labels`` is the public label space; a label's position is its class."""
+    """What is learned.
 
-    kind: Literal["text-classification"] = "text-classification"
-    labels: Annotated[tuple[Text, ...], msgspec.Meta(min_length=2, max_length=4096)]
+    ``text-classification``: ``labels`` is the public label space, a label's position is its class; ``text_pair``: a record has a
+    second text. ``causal-lm``: the next token, with the base model's own output layer and no head (docs/adr/0022);
+    ``format`` says what a record is: ``text``, of which every token is learned, ``prompt-response`` or ``messages``, of which the
+    response is. What belongs to the other kind is left out: ``privacy.federation.parse`` holds a contract to that.
+    """
+
+    kind: Literal["text-classification", "causal-lm"] = "text-classification"
+    labels: Annotated[tuple[Text, ...], msgspec.Meta(max_length=4096)] = ()
     text_pair: bool = False
+    format: Literal["", "text", "prompt-response", "messages"] = ""
     max_length: Annotated[int, msgspec.Meta(ge=4, le=131072)]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the next token is learned; otherwise a text's label is."""
+        return self.kind == "causal-lm"
 
 
 class Model(Table, frozen=True, kw_only=True):
@@ -53,7 +70,7 @@ class Model(Table, frozen=True, kw_only=True):
 
 
 class Adapter(Table, frozen=True, kw_only=True):
-    """LoRA-SB layers: W + s·B·R·A with r×r R on each of ``modules``, in this order, then the task head.
+    """LoRA-SB layers: W + s·B·R·A with r×r R on each of ``modules``, in this order, then the task head where there is one.
 
     ``heads``: h cores R_k on each module, W + s·Σ_k B_k R_k A_k; B_k and A_k are the k-th r of the h·r vectors of one basis, so
     that R is h blocks on a diagonal (RAVAN, arXiv 2506.05568; its factors s_k are part of R_k here).
@@ -294,7 +311,7 @@ class Contract(Table, frozen=True, kw_only=True):
 
     @property
     def trainables(self) -> int:
-        """d: trainable numbers. h cores of r×r per module, then head weight (labels, hidden) and head bias (labels)."""
+        """d: trainable numbers. h cores of r×r per module, then the head: weight (labels, hidden), bias (labels); or none."""
         labels = len(self.task.labels)
         return len(self.adapter.modules) * self.adapter.core + labels * self.model.hidden_size + labels
 

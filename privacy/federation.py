@@ -39,11 +39,13 @@ from privacy.contract import (
     Text,
     Training,
 )
+from privacy.contract import contradiction as _contradiction
 from privacy.dp import grid, groups, ring
 from privacy.dp.mechanism import MOST_CONTRIBUTIONS, MOST_STEPS, LatticeGaussian, Mechanism, Noised, Unprotected
 from privacy.dp.mechanism import adversaries as of_a_sum
 from privacy.errors import ConfigError, PrivacyRefusal
 from privacy.secure_sum.shamir import MOST_SHARES
+from privacy.task import check_task
 
 __all__ = [
     "GUARDIANS_FROM", "Accepted", "Adapter", "Aggregator", "Basis", "Contract", "Guardian", "Hex32", "Member", "Model", "Name",
@@ -89,6 +91,7 @@ def parse(raw: bytes) -> Accepted:
     _check_members(terms)
     _check_off(terms)
     _check_sum(terms)
+    check_task(terms)
     _check_terms(terms)
     _check_basis(terms)
     return Accepted(terms=terms, raw=raw, digest=hashlib.sha256(raw).digest())
@@ -349,8 +352,6 @@ def _check_terms(terms: Contract) -> None:
     ceiling = min(1e-5, 1 / (10 * terms.privacy.units * terms.silos))
     if not terms.privacy.delta <= ceiling:  # 0 without privacy
         raise _contradiction(f"delta = {terms.privacy.delta:g}", f"at most 1e-5 and 1/(10 · all units), here {ceiling:g}")
-    if len(set(terms.task.labels)) != len(terms.task.labels):
-        raise _contradiction("a label stands twice in task.labels", ", ".join(terms.task.labels))
     if len(set(terms.adapter.modules)) != len(terms.adapter.modules):
         raise _contradiction("a module stands twice in adapter.modules", ", ".join(terms.adapter.modules))
     if not all(math.isfinite(x) for x in (terms.training.learning_rate, terms.privacy.noise_multiplier, terms.privacy.epsilon)):
@@ -388,7 +389,3 @@ def _check_basis(terms: Contract) -> None:
             f"vectors of {layout.dimension} numbers in both kinds of rounds", "their length tells them apart: another basis.width"
         )
     ring_plan(basis_round.terms_of(terms))
-
-
-def _contradiction(what: str, against: str) -> ConfigError:
-    return ConfigError(f"federation.toml: {what}; {against}", hint="change the draft and sign it again", code="contract")

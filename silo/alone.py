@@ -251,8 +251,8 @@ def evaluate(root: Path, records: Path, *, threads: int | None = None) -> dict[s
     bases = agreed_basis.pinned(home, terms)
     bench = evaluation.open_bench(terms, model=settings.model.path, compute=compute, bases=bases)
     facts: dict[str, Any] = {
-        "accuracy_before": evaluation.evaluate(bench, None, records),
-        "accuracy_alone": evaluation.evaluate(bench, progress.state, records),
+        **evaluation.measure(bench, None, records, "before"),
+        **evaluation.measure(bench, progress.state, records, "alone"),
         "rounds_alone": progress.round,
         "rounds_planned": terms.training.rounds,
         "contract": accepted.digest.hex(),
@@ -260,7 +260,7 @@ def evaluate(root: Path, records: Path, *, threads: int | None = None) -> dict[s
     together = succession.if_joined(home)
     if together is not None and together.digest == accepted.digest and terms.adapter == accepted.terms.adapter:
         state = load_progress(home, together)
-        facts |= {"accuracy_after": evaluation.evaluate(bench, state.state, records), "rounds": state.round}
+        facts |= {**evaluation.measure(bench, state.state, records, "after"), "rounds": state.round}
     return facts
 
 

@@ -21,10 +21,11 @@ from privacy.errors import BudgetExhausted, ConfigError, RoundError, TrustError
 from privacy.federation import Accepted, Contract, Member, whole_plan
 from privacy.identity import keys
 from privacy.messages import AGGREGATOR
+from privacy.task import in_words
 from silo import keyring, succession
 from silo.config import Config, Limits
 from silo.home import Home
-from silo.learning import records
+from silo.learning import records, tokens
 from silo.succession import Fetched
 from silo.transport import Transport
 
@@ -57,7 +58,7 @@ def terms_in_words(accepted: Accepted) -> list[str]:
         *_loud(terms),
         f"federation {terms.name}, contract version {terms.version}, expires {terms.expires}",
         f"contract digest {_grouped(accepted.digest.hex())}",
-        f"task: {terms.task.kind} into {len(terms.task.labels)} labels: {_some(terms.task.labels)}",
+        f"task: {in_words(terms.task)}",
         f"base model: {terms.model.name}, digest {terms.model.digest[:16]}…",
         f"trained: {terms.dimension} numbers, rank {terms.adapter.rank}{_heads(terms)}",
         f"privacy unit: {_unit(terms)}; {_hidden(terms)}",
@@ -137,17 +138,24 @@ def check_fit(accepted: Accepted, *, config: Config, home: Home) -> tuple[str, .
 
     Raises:
         ConfigError: another model, or none.
-        RecordsError: a record cannot be used, a label is not the contract's, or there are too few units.
+        RecordsError: a record cannot be used, a label is not the contract's, a prompt is too long, or there are too few units.
     """
-    base_folder(accepted.terms, config.model.path)
-    return unit_ids(accepted.terms, config=config, home=home)
+    folder, terms = base_folder(accepted.terms, config.model.path), accepted.terms
+    units = _usable(terms, config=config, home=home)
+    if terms.task.is_causal:  # only the tokenizer knows whether a prompt leaves room for its response
+        tokens.encode(units, folder, terms.task)
+    return tuple(unit.id for unit in units)
 
 
 def unit_ids(terms: Contract, *, config: Config, home: Home) -> tuple[str, ...]:
     """The ids of the units here, which can be used under the contract. Raises RecordsError as ``check_fit``."""
+    return tuple(unit.id for unit in _usable(terms, config=config, home=home))
+
+
+def _usable(terms: Contract, *, config: Config, home: Home) -> tuple[records.Unit, ...]:
     units = records.load(Path(config.records.path), terms.task, terms.privacy, selection_key=home.selection_key)
     records.check_enough(units, terms.privacy)
-    return tuple(unit.id for unit in units)
+    return units
 
 
 def base_folder(terms: Contract, local: str = "") -> Path:
@@ -373,10 +381,6 @@ def _again_in_words(terms: Contract) -> str:
         f"a sum is applied only when {at_least} silos have added up every MiB of it again; this silo does its share of it, "
         f"and a wrong sum is caught while at most {colluders} silos lie"
     )
-
-
-def _some(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:6]) + (", …" if len(labels) > 6 else "")
 
 
 def _grouped(text: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,10 +26,14 @@ from privacy.dp.together import Together, merged
 from privacy.errors import ConfigError
 from privacy.federation import Accepted, Contract, event
 from privacy.identity import keys
+from privacy.update_rule import State
 from silo import agreed_basis, budgeting, config, keyring, other_homes, succession, unit_sets
 from silo.home import Home
 from silo.learning.card import Origin
 from silo.settlement import load_progress
+
+if TYPE_CHECKING:
+    from silo.learning.evaluation import Bench
 
 
 def status(root: Path) -> dict[str, Any]:
@@ -113,8 +117,15 @@ def _with_plans(home: Home, accepted: Accepted, settings: config.Config) -> dict
     return {"epsilon_with_plans": unprotected.figure(found.epsilon)}
 
 
-def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None) -> dict[str, Any]:
-    """Accuracy of the base model and of the reached state on ``records``; with ``private_head`` the comparison of that name."""
+def evaluate(
+    root: Path, records: Path, private_head: Sequence[Path], *, threads: int | None = None, choices: Path | None = None,
+    exact_match: int = 0,
+) -> dict[str, Any]:
+    """How good the base model and the reached state are on ``records``; with ``private_head`` the comparison of that name.
+
+    ``silo.learning.evaluation.measure`` says which figures there are, by the kind of task. ``choices``: questions to be answered by
+    likelihood; ``exact_match``: so many tokens are written after each prompt of ``records`` and compared (silo.learning.answers).
+    """
     from silo.learning import evaluation
 
     home, settings = opened(root)
@@ -124,30 +135,47 @@ def evaluate(root: Path, records: Path, private_head: Sequence[Path], *, threads
     bases = agreed_basis.of(home, accepted.terms, progress.state)
     bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=compute, bases=bases)
     facts: dict[str, Any] = {
-        "accuracy_before": evaluation.evaluate(bench, None, records),
-        "accuracy_after": evaluation.evaluate(bench, progress.state, records),
+        **evaluation.measure(bench, None, records, "before"),
+        **evaluation.measure(bench, progress.state, records, "after"),
         "rounds": progress.round,
         "model_digest": progress.state.digest.hex(),
     }
+    if choices is not None or exact_match:
+        facts |= _answers(bench, progress.state, records, choices, exact_match)
     if private_head:
         facts["accuracy_head"] = evaluation.private_head(bench, private_head, records)
         facts["head_models"] = len(evaluation.HEAD_RATES)
     return facts
 
 
-def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
+def _answers(bench: Bench, state: State, records: Path, choices: Path | None, exact_match: int) -> dict[str, float]:
+    """How often the base model and the one at ``state`` answer rightly, by the ways that were asked for."""
+    from silo.learning import answers
+
+    facts: dict[str, float] = {}
+    questions = [] if choices is None else answers.read_questions(choices)
+    for name, at in (("before", None), ("after", state)):
+        if questions:
+            facts[f"choices_{name}"], facts[f"choices_per_token_{name}"] = answers.choose(bench, at, questions)
+        if exact_match:
+            facts[f"exact_match_{name}"] = answers.exact_matches(bench, at, records, exact_match)
+    return facts
+
+
+def export(root: Path, folder: Path, base: str, *, merged: bool = False) -> dict[str, Any]:
     """The reached model as a PEFT adapter in ``folder``, which appears whole or not at all; see ``silo.learning.export``.
 
     Costs nothing: the state is released, and what is made of it alone is as private as it is.
 
     Args:
         base: how the adapter names the base model: a hub name, or a folder where the adapter is used; the contract's when empty.
+        merged: a whole model instead, with the adapter merged into its weights; of a causal language model.
 
     Raises:
         ConfigError: there is something in ``folder``, or a model of this kind cannot be exported.
     """
     from silo.learning import evaluation
-    from silo.learning.export import adapter
+    from silo.learning import export as exporting
 
     home, settings = opened(root)
     accepted, member, _ = succession.at_work(home)
@@ -160,7 +188,8 @@ def export(root: Path, folder: Path, base: str) -> dict[str, Any]:
     )  # fmt: skip
     exact = msgspec.structs.replace(settings.compute, device="cpu", precision="float32")
     bases = agreed_basis.of(home, accepted.terms, progress.state)
-    contents = adapter(evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact, bases=bases), origin)
+    bench = evaluation.open_bench(accepted.terms, model=settings.model.path, compute=exact, bases=bases)
+    contents = (exporting.merged if merged else exporting.adapter)(bench, origin)
     files.sweep(folder.resolve())
     files.write_folder(folder.resolve(), contents)
     return {

@@ -34,8 +34,8 @@ from privacy.update_rule import State
 from silo import agreed_basis, membership, reading, selftest_noise, succession
 from silo.config import Compute
 from silo.home import Home
-from silo.learning import classifier, training
-from silo.learning.classifier import Classifier
+from silo.learning import models, training
+from silo.learning.adapted import Adapted
 from silo.learning.gradients import bucket
 from silo.learning.invariance import probe
 from silo.learning.sampling import Words
@@ -70,7 +70,7 @@ class Subject:
 
     name: str
     terms: Contract
-    model: Classifier
+    model: Adapted
     rows_tokens: int
 
 
@@ -288,7 +288,7 @@ def chosen(root: Path) -> Subject:
     if accepted.at(state.basis) is not accepted:  # before the basis round there are no factors of it: gradients are asked at others
         terms = basis_round.without(terms)
     bases = agreed_basis.of(home, terms, state)
-    model = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
+    model = models.build(folder, terms, precision=precision, device=device, bases=bases)
     name = f"federation {terms.name}, {terms.model.name} on {device} in {model.precision}"
     name += "" if terms.is_private else "; it adds NO noise, so nothing about noise is asked"
     return Subject(name=name, terms=terms, model=model, rows_tokens=settings.compute.rows_tokens)

@@ -20,9 +20,9 @@ GUIDE = Path(__file__).parents[1] / "docs/guides/by-hand.md"
 pytestmark = pytest.mark.slow
 
 
-def blocks() -> list[tuple[bool, list[str]]]:
+def blocks(guide: Path = GUIDE) -> list[tuple[bool, list[str]]]:
     """(whether it runs in terminals of its own, its lines) of each shell block."""
-    found = re.findall(r"^```sh( background)?\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```sh( background)?\n(.*?)^```$", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [(bool(mark), [line for line in text.splitlines() if line and not line.startswith("#")]) for mark, text in found]
 
 

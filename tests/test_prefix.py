@@ -49,7 +49,7 @@ UNITS = [tiny_models.unit(seed, [1 + seed % 7, 30 - seed][: 1 + seed % 2]) for s
 def test_no_bit_of_any_sum_changes(kind, precision):
     plain = contribution(model(kind, precision), kind=kind, room=0)
     kept = contribution(model(kind, precision), kind=kind)
-    assert kept.model.prefix.is_kept
+    assert kept.model.frozen.is_kept
     for units in (UNITS, UNITS[3:], UNITS[::-1], UNITS[4:5], []):
         for _ in range(2):
             assert np.array_equal(kept.sum(units), plain.sum(units))
@@ -91,7 +91,7 @@ def test_another_state_uses_what_is_kept_since_no_adapter_lies_below():
 
 def test_adapters_in_the_lowest_layer_leave_nothing_to_keep():
     made = tiny_models.classifier("bert")
-    assert made.prefix is None
+    assert made.frozen is None
     whole = Contribution(tiny_models.terms(tiny_models.MODULES["bert"]), made, (), rows_tokens=160, prefix_bytes=ROOM)
     assert np.array_equal(whole.sum(UNITS), whole.sum(UNITS))
     assert Prefix.below(nn.Sequential(nn.Linear(2, 2)), ["0"]) is None
@@ -103,7 +103,7 @@ def test_a_full_allowance_keeps_what_fits(room):
     plain, kept = contribution(model(), room=0), contribution(model(), room=room)
     for _ in range(2):
         assert np.array_equal(kept.sum(UNITS), plain.sum(UNITS))
-    assert not kept.model.prefix.room
+    assert not kept.model.frozen.room
 
 
 def test_a_full_disk_ends_keeping_and_not_the_step():
@@ -112,27 +112,27 @@ def test_a_full_disk_ends_keeping_and_not_the_step():
         os.pwrite(full, b"x", 0)
     plain, kept = contribution(model(), room=0), contribution(model())
     kept.sum(UNITS[:2])
-    os.dup2(full, kept.model.prefix._file)
+    os.dup2(full, kept.model.frozen._file)
     os.close(full)
     assert np.array_equal(kept.sum(UNITS[2:]), plain.sum(UNITS[2:]))
-    assert not kept.model.prefix.room
+    assert not kept.model.frozen.room
 
 
 def test_a_file_that_lost_its_content_is_computed_again():
     plain, kept = contribution(model(), room=0), contribution(model())
     kept.sum(UNITS)
-    os.ftruncate(kept.model.prefix._file, 100)
+    os.ftruncate(kept.model.frozen._file, 100)
     assert np.array_equal(kept.sum(UNITS), plain.sum(UNITS))
 
 
 def test_the_file_has_no_name_and_its_descriptor_is_closed(tmp_path):
     made = model()
     Contribution(tiny_models.terms(UPPER["bert"]), made, (), rows_tokens=160, prefix_bytes=ROOM, prefix_folder=tmp_path).sum(UNITS)
-    number = made.prefix._file
+    number = made.frozen._file
     assert list(tmp_path.iterdir()) == []
     assert os.fstat(number).st_nlink == 0
     assert os.fstat(number).st_size > 0
-    made.prefix.drop()
+    made.frozen.drop()
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(number)
 
@@ -158,8 +158,8 @@ def test_an_encoder_that_looks_at_padding_is_found_out_and_nothing_is_kept():
         Contribution(terms, assemble(encoder, terms), (), rows_tokens=160, prefix_bytes=room)
         for encoder, room in zip(encoders, (0, ROOM), strict=True)
     )
-    assert kept.model.prefix is not None
-    assert not kept.model.prefix.is_kept
+    assert kept.model.frozen is not None
+    assert not kept.model.frozen.is_kept
     assert np.array_equal(kept.sum(UNITS), plain.sum(UNITS))
 
 
@@ -197,7 +197,7 @@ def test_rows_are_kept_with_the_very_bits_and_zero_at_padding():
     layer = made.encoder.encoder.layer[1]
     layer.register_forward_pre_hook(lambda _, args: seen.setdefault("in", args[0].detach().clone()))
     batch = next(iter(kept._batches(UNITS[:3])))
-    with made.prefix.aside(), torch.no_grad():
+    with made.frozen.aside(), torch.no_grad():
         made.features(batch)
     plain = seen.pop("in")
     with torch.no_grad():

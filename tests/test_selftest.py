@@ -24,7 +24,7 @@ from privacy.federation import parse, ring_plan
 from privacy.prg import Randomness
 from silo import selftest, selftest_noise, upload
 from silo.learning import tiny, training
-from silo.learning.classifier import Classifier
+from silo.learning.classifier import Classifier, assemble
 from silo.learning.training import Contribution
 from silo.parts import Parts
 from tests import sessions, tiny_models
@@ -42,7 +42,7 @@ def subject():
         adapter={"rank": 8, "modules": MODULES, "scale": 1.5}, privacy={"lattice_bits": 16, "max_records_per_unit": 2},
     )  # fmt: skip
     terms = parse(raw).terms
-    model = selftest.classifier.assemble(tiny_models.encoder("bert"), terms)
+    model = assemble(tiny_models.encoder("bert"), terms)
     return selftest.Subject(name="test", terms=terms, model=model, rows_tokens=160)
 
 

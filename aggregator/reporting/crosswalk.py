@@ -167,12 +167,17 @@ def _of_learning(terms: Contract) -> tuple[Line, ...]:
         ("H8", "Other releases from the same data are not mitigated", "what went through each silo’s ledger is counted there",
          ("composition", LEDGER), "statistics, papers and models made outside it add up unseen"),
         ("H9", "Bias: systemic, human, statistical", "not measured here", (EVALUATION,), "a private model can be unfair"),
-        ("H11", "Categories taken from the data leak", f"{counted(len(terms.task.labels), 'label')}, public constants of the "
-         "contract",
+        ("H11", "Categories taken from the data leak", _categories(terms),
          ("mechanism", "assumptions"), "assumed: they were agreed on without looking at records"),
         ("H12", "Learning protects nothing by itself", "noise is added to every step; the basis " + _basis(terms), ("mechanism",),
          "the base model may have memorised its own training data"),
     )  # fmt: skip
+
+
+def _categories(terms: Contract) -> str:
+    if terms.task.is_causal:
+        return "no labels: the base model’s own vocabulary, public"
+    return f"{counted(len(terms.task.labels), 'label')}, public constants of the contract"
 
 
 def _of_trust(terms: Contract) -> tuple[Line, ...]:

@@ -167,7 +167,7 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
     plan, p, training = federation.ring_plan(terms), terms.privacy, terms.training
     say = _LOCAL if is_local(terms) else _JOINT
     effective = federation.mechanism(terms).effective_noise_multiplier if terms.is_private else 0.0
-    layers = counted(len(terms.adapter.modules), "layer")
+    layers, trained = counted(len(terms.adapter.modules), "layer"), "trains" if terms.task.is_causal else "and the head train"
     rows: list[tuple[str, str, int | float | str, str]] = [
         (
             "sampling",
@@ -199,9 +199,10 @@ def parameters(terms: Contract, *, simulated: bool = False) -> tuple[Parameter, 
         ("update rule", "", training.optimizer, say["update rule"]),
         ("learning rate", "", training.learning_rate, "part of the update rule"),
         *([("update bound", "", training.update_bound, say["update bound"])] if is_local(terms) else []),
-        ("adapter", "r", terms.adapter.rank, f"LoRA-SB rank, on {layers}; only R and the head train"),
+        ("adapter", "r", terms.adapter.rank, f"LoRA-SB rank, on {layers}; only R {trained}"),
         *([("heads", "h", terms.adapter.heads, "cores of that rank on each layer")] if terms.adapter.heads > 1 else []),
         *basis_words.rows(terms),
+        *([("records", "", terms.task.format, "what is learned of them is the next token")] if terms.task.is_causal else []),
         ("longest text", "", terms.task.max_length, "tokens; a public constant"),
     ]
     if not terms.is_private:

@@ -34,7 +34,7 @@ from privacy.errors import ConfigError, PrivacyRefusal
 from privacy.federation import Contract, mechanism
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo.learning.classifier import Classifier
+from silo.learning.adapted import Adapted
 from silo.learning.sampling import Words
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import Contribution
@@ -110,7 +110,7 @@ class Rehearsal(Contribution):
     def __init__(self, terms: Contract, rows: Canaries, chosen: Sequence[int], randomness: Callable[[], Words]) -> None:
         self._terms, self._canaries, self._randomness = terms, rows, randomness
         self._units = tuple(EncodedUnit(id=str(canary), rows=()) for canary in chosen)
-        self.model = cast(Classifier, rows)  # its dimension and device are all that a sum asks for
+        self.model = cast(Adapted, rows)  # its dimension and device are all that a sum asks for
 
     def _load(self, state: State) -> None:
         del state  # a canary's gradient is the same at every state

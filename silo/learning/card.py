@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from privacy import base_model
@@ -39,6 +40,34 @@ def card(origin: Origin, *, takes_types: bool, head_replaced: bool) -> str:
         takes_types: whether the base model reads token types.
         head_replaced: whether the base model's own file has a head for other labels.
     """
+    terms = origin.accepted.terms
+    own = {"labels": ", ".join(terms.task.labels), "pooling": terms.model.pooling}
+    what = _CLASSIFIER.format(how=_HOW[terms.is_private])
+    code = snippet(terms, base=origin.base, takes_types=takes_types, head_replaced=head_replaced)
+    return _page(origin, own, what=what, load=_LOAD_CLASSIFIER, code=code)
+
+
+def causal_card(origin: Origin, *, merged: bool) -> str:
+    """README.md of the folder of a causal language model: of its adapter, or of a whole model with the adapter merged into it."""
+    terms = origin.accepted.terms
+    what = (_MERGED if merged else _CAUSAL).format(how=_HOW[terms.is_private])
+    own = {"records": f"{terms.task.format}; {_LEARNED[terms.task.format]}"}
+    return _page(origin, own, what=what, load=_LOAD_MERGED if merged else _LOAD_CAUSAL, code=causal_snippet(origin, merged=merged))
+
+
+def causal_snippet(origin: Origin, *, merged: bool) -> str:
+    """Python that loads the model from the current folder and completes a prompt, with transformers (and peft) alone."""
+    chat = origin.accepted.terms.task.format == "messages"
+    return _CAUSAL_CODE.format(
+        imports="" if merged else "from peft import PeftModel\n",
+        base='base = "."  # this folder' if merged else f'adapter = "."  # this folder\nbase = {_quoted(origin.base)}',
+        adapted="" if merged else "model = PeftModel.from_pretrained(model, adapter)\n",
+        prompt=_CHAT if chat else _PROMPT,
+    )
+
+
+def _page(origin: Origin, own: Mapping[str, str], *, what: str, load: str, code: str) -> str:
+    """The card of whatever kind of model: ``own`` facts of its kind, what it is, how it is loaded."""
     terms, spent = origin.accepted.terms, origin.spent
     known = terms.privacy.max_silos_per_unit
     facts = {
@@ -49,19 +78,19 @@ def card(origin: Origin, *, takes_types: bool, head_replaced: bool) -> str:
         "rounds": f"{origin.round} of {terms.planned_rounds}",
         "model digest": origin.state.digest.hex(),
         "basis": _basis(origin),
-        "labels": ", ".join(terms.task.labels),
-        "pooling": terms.model.pooling,
+        **own,
         "longest text": f"{terms.task.max_length} tokens",
         "privacy unit": terms.privacy.unit + (f", in up to {known} silos" if known > 1 else ""),
         **_figures(terms, spent),
     }
     return _PAGE.format(
-        how=_HOW[terms.is_private],
+        what=what,
         ledger=(_LEDGER if math.isfinite(spent.epsilon) else _NO_FIGURE).format(silo=origin.silo),
         base=_quoted(origin.base),
         title=f"{terms.name}, round {origin.round}",
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
-        code=snippet(terms, base=origin.base, takes_types=takes_types, head_replaced=head_replaced),
+        load=load,
+        code=code,
     )
 
 
@@ -153,6 +182,58 @@ _NO_FIGURE = """\
 The ledger of silo {silo} holds a run without differential privacy, so no epsilon can be stated for its records: what was released
 may show who was among them, and records can be reconstructed from such sums."""
 
+_CLASSIFIER = """\
+A text classifier that several silos trained together {how}, exported by `silo export`: a LoRA adapter and a
+linear head for a frozen base model. It changes no weight of the base model."""
+
+_CAUSAL = """\
+A causal language model that several silos tuned together {how}, exported by `silo export`: a LoRA adapter for a
+frozen base model. It changes no weight of the base model."""
+
+_MERGED = """\
+A causal language model that several silos tuned together {how}, exported by `silo export --merged`: the base
+model with the adapter W + s·B·R·A merged into its weights, in float32."""
+
+_LOAD_CLASSIFIER = """\
+With `transformers` and `peft`, in this folder. The head is that of a token classifier: its logits, pooled over a text's tokens,
+are the text's. transformers says that it is newly initialised; the adapter brings it."""
+
+_LOAD_CAUSAL = "With `transformers` and `peft`, in this folder."
+
+_LOAD_MERGED = "With `transformers` alone, in this folder."
+
+_LEARNED = {
+    "text": "every token was learned",
+    "prompt-response": "the response was learned, not the prompt",
+    "messages": "the last message was learned, not those before it",
+}
+
+_PROMPT = 'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)'
+
+_CHAT = """\
+messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+
+_CAUSAL_CODE = """\
+import torch
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{base}
+
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+{adapted}model.eval()
+
+
+def complete(prompt, most=64):
+    {prompt}
+    made = model.generate(**inputs, max_new_tokens=most, do_sample=False)
+    return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+print(complete("Once upon a time"))
+"""
+
 _PAGE = """\
 ---
 base_model: {base}
@@ -161,8 +242,7 @@ library_name: peft
 
 # {title}
 
-A text classifier that several silos trained together {how}, exported by `silo export`: a LoRA adapter and a
-linear head for a frozen base model. It changes no weight of the base model.
+{what}
 
 {facts}
 
@@ -170,8 +250,7 @@ linear head for a frozen base model. It changes no weight of the base model.
 
 ## Load it
 
-With `transformers` and `peft`, in this folder. The head is that of a token classifier: its logits, pooled over a text's tokens,
-are the text's. transformers says that it is newly initialised; the adapter brings it.
+{load}
 
 ```python
 {code}```

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy on records of one's own, and the comparison that an adapter must beat: a private linear head alone.
+"""How good a model is on records of one's own, and what adapters of a classifier must beat: a private linear head alone.
 
 The figures depend on records and are exact: printing them to the owner of the records is fine, sending them is a release
 that no ledger here charges. ``private_head`` exists for the simulator, where one machine holds all data anyway.
@@ -7,6 +7,7 @@ that no ledger here charges. ``private_head`` exists for the simulator, where on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,19 @@ from torch import Tensor
 from privacy import update_rule
 from privacy.dp import noise
 from privacy.dp.lattice import sum_lattice, to_lattice
+from privacy.errors import ConfigError
 from privacy.federation import Contract, ring_plan, ring_plan_at
 from privacy.orthonormal import Factors
 from privacy.prg import Randomness
 from privacy.update_rule import State
 from silo import membership
 from silo.config import Compute
-from silo.learning import classifier, records, tokens
+from silo.learning import models, records, tokens
+from silo.learning.adapted import Adapted
+from silo.learning.causal import CausalModel
 from silo.learning.classifier import Classifier
 from silo.learning.gradients import DUMMY, PhysicalBatch, pack
+from silo.learning.records import Unit
 from silo.learning.sampling import poisson
 from silo.learning.tokens import EncodedUnit
 from silo.learning.training import resolve, rows_for
@@ -42,14 +47,53 @@ class Bench:
     """A model and its tokenizer, ready to be given states and records. Built once, by ``open_bench``."""
 
     terms: Contract
-    model: Classifier
+    model: Adapted
     folder: Path
     rows_tokens: int
 
     def units(self, path: Path) -> list[EncodedUnit]:
+        """``records`` in token numbers."""
+        return tokens.encode(self.records(path), self.folder, self.terms.task)
+
+    def records(self, path: Path) -> tuple[Unit, ...]:
         """Every record of ``path`` as a unit of its own: an evaluation counts records and keeps all of them."""
         each = msgspec.structs.replace(self.terms.privacy, unit=records.RECORD_AS_UNIT, max_records_per_unit=1)
-        return tokens.encode(records.load(path, self.terms.task, each, selection_key=bytes(32)), self.folder, self.terms.task)
+        return records.load(path, self.terms.task, each, selection_key=bytes(32))
+
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model, which is to be one that classifies. Raises ConfigError where it completes texts."""
+        if not isinstance(self.model, Classifier):
+            raise ConfigError(
+                f"this is for text classification, the contract's task is {self.terms.task.kind}",
+                hint="a causal language model has no head and no labels", code="task-kind",
+            )  # fmt: skip
+        return self.model
+
+
+    @property
+    def causal(self) -> CausalModel:
+        """The model, which is to be one that completes texts. Raises ConfigError where it classifies."""
+        if not isinstance(self.model, CausalModel):
+            raise ConfigError(
+                f"this is for causal language models, the contract's task is {self.terms.task.kind}",
+                hint="a classifier has labels, and no likelihood of a response", code="task-kind",
+            )  # fmt: skip
+        return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How likely a causal language model finds responses: ``loss`` is the mean over all their ``tokens``, in nats."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where it is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +118,39 @@ def open_bench(
     how = compute or Compute()
     folder = membership.base_folder(terms, model)
     device, precision = resolve(how)
-    built = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
+    built = models.build(folder, terms, precision=precision, device=device, bases=bases)
     return Bench(terms=terms, model=built, folder=folder, rows_tokens=how.rows_tokens)
+
+
+def measure(bench: Bench, state: State | None, path: Path, suffix: str) -> dict[str, float]:
+    """What ``silo eval`` states of the model at ``state`` on the records in ``path``, each figure's name ending with ``suffix``.
+
+    ``accuracy`` of a classifier; of a causal language model ``loss`` and ``perplexity`` per response token.
+    """
+    if not bench.terms.task.is_causal:
+        return {f"accuracy_{suffix}": evaluate(bench, state, path)}
+    found = likelihood(bench, state, path)
+    return {f"loss_{suffix}": found.loss, f"perplexity_{suffix}": found.perplexity}
+
+
+def likelihood(bench: Bench, state: State | None, path: Path) -> Likelihood:
+    """The mean loss per response token over the records in ``path``, at ``state``; None is the base model.
+
+    Longer responses count for more here than in training, where each record's mean counts once: this is the usual perplexity.
+
+    Raises:
+        ConfigError: the task is another.
+    """
+    model = bench.causal
+    model.write((state or update_rule.initial(bench.terms)).theta)
+    total, count = 0.0, 0
+    for batch in _batches(bench.units(path), bench.terms, bench.rows_tokens):
+        with torch.no_grad():
+            sums, counts = model.row_sums(batch.to(model.device))
+        real = batch.unit != DUMMY
+        total += float(sums.double().cpu()[real].sum())
+        count += int(counts.cpu()[real].sum())
+    return Likelihood(loss=total / count, tokens=count)
 
 
 def evaluate(bench: Bench, state: State | None, path: Path) -> float:
@@ -83,12 +158,12 @@ def evaluate(bench: Bench, state: State | None, path: Path) -> float:
 
     At the initial state the head is zero: all logits are equal, and the first label is the answer to everything.
     """
-    units = bench.units(path)
+    model, units = bench.classifier, bench.units(path)
     theta = (state or update_rule.initial(bench.terms)).theta
     if not theta.any():  # equal logits need no pass through the encoder
         return sum(label == 0 for unit in units for _, _, label in unit.rows) / sum(len(unit.rows) for unit in units)
-    bench.model.write(theta)
-    return accuracy(bench.model, units, terms=bench.terms, rows_tokens=bench.rows_tokens)
+    model.write(theta)
+    return accuracy(model, units, terms=bench.terms, rows_tokens=bench.rows_tokens)
 
 
 def accuracy(model: Classifier, units: Sequence[EncodedUnit], *, terms: Contract, rows_tokens: int) -> float:
@@ -162,11 +237,12 @@ def _head_alone(terms: Contract, pooled: Pooled, test: Pooled, randomness: Calla
 
 def pool_features(bench: Bench, units: Sequence[EncodedUnit]) -> Pooled:
     """The head's inputs for all records, at the initial state: one pass through the frozen encoder."""
-    bench.model.write(update_rule.initial(bench.terms).theta)
+    model = bench.classifier
+    model.write(update_rule.initial(bench.terms).theta)
     features, labels, owner, seen = [], [], [], 0
     for batch in _batches(units, bench.terms, bench.rows_tokens):
         with torch.no_grad():
-            rows = bench.model.features(batch.to(bench.model.device)).cpu()
+            rows = model.features(batch.to(model.device)).cpu()
         real = batch.unit != DUMMY
         features.append(rows[real])
         labels.append(batch.labels[real])

@@ -5,7 +5,8 @@ An adapted layer W + s·B·R·A is LoRA with ``lora_A`` = A and ``lora_B`` = s·
 float64, so that one rounding is all that is lost; peft's own factor, lora_alpha/r, is exactly 1. The head goes to transformers'
 token classifier of the base model, with head_scale folded in. The weights of every pooling sum to 1 and a linear layer commutes
 with them, so pooling that class's logits *per token* gives the contract's logits, for all three poolings and whatever the
-encoder. transformers' sequence classifiers do not: some put a tanh before the head, some have a head without bias.
+encoder. transformers' sequence classifiers do not: some put a tanh before the head, some have a head without bias. A causal
+language model has no head: its adapter goes to transformers' causal language model, or is merged into the weights of a whole one.
 
 Promised: the same state, base model and ledger give the same bytes, on one machine; a base model whose token classifier is
 anything but encoder, dropout and linear head is refused. Formal guarantee: the exported model costs no privacy, because it is
@@ -18,8 +19,11 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
@@ -29,12 +33,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from privacy import base_model
 from privacy.errors import ConfigError
 from privacy.federation import Contract
 from privacy.weights import mapped
-from silo.learning.card import Origin, card
+from silo.learning.adapted import Adapted
+from silo.learning.card import Origin, card, causal_card
+from silo.learning.causal import CausalModel, load
 from silo.learning.classifier import Classifier
 from silo.learning.evaluation import Bench
+from silo.learning.lora_sb import find_linear
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -53,7 +61,9 @@ def adapter(bench: Bench, origin: Origin) -> dict[str, bytes]:
     Raises:
         ConfigError: transformers has no token classifier for this base model, or one that computes something else.
     """
-    model = bench.model
+    if isinstance(bench.model, CausalModel):
+        return _causal_adapter(bench.model, origin)
+    model = bench.classifier
     model.write(origin.state.theta)
     host = find_host(model, bench.terms)
     return {
@@ -61,6 +71,38 @@ def adapter(bench: Bench, origin: Origin) -> dict[str, bytes]:
         CONFIG: _json(_config(model, host, origin.base)),
         WEIGHTS: safetensors.numpy.save(_tensors(model, host), metadata={"format": "pt"}),
     }
+
+
+def _causal_adapter(model: CausalModel, origin: Origin) -> dict[str, bytes]:
+    """The files of the adapter of a causal language model."""
+    model.write(origin.state.theta)
+    return {
+        CARD: causal_card(origin, merged=False).encode(),
+        CONFIG: _json({**_lora(model, model.prefix, origin.base), "task_type": "CAUSAL_LM"}),
+        WEIGHTS: safetensors.numpy.save(_named(_matrices(model, model.prefix)), metadata={"format": "pt"}),
+    }
+
+
+def merged(bench: Bench, origin: Origin) -> dict[str, bytes]:
+    """The files of a whole causal language model, in float32, whose weights are W + s·B·R·A: what plain transformers loads.
+
+    Each product is summed in float64 and rounded once. The tokenizer's files are the base model's. All of it is held in memory.
+
+    Raises:
+        ConfigError: the task is another.
+    """
+    model = bench.causal
+    model.write(origin.state.theta)
+    whole = load(bench.folder)
+    with torch.no_grad():
+        for name, layer in zip(model.adapter.names, model.adapter, strict=True):
+            find_linear(whole.base_model, name).weight.copy_(layer.merged_weight())
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save_pretrained(folder)
+        made = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    beside = (bench.folder / name for name in base_model.TOKENIZER_FILES)
+    copied = {path.name: path.read_bytes() for path in beside if path.is_file()}
+    return {**made, **copied, CARD: causal_card(origin, merged=True).encode()}
 
 
 def find_host(model: Classifier, terms: Contract) -> Host:
@@ -120,9 +162,19 @@ def _tensors(model: Classifier, host: Host) -> dict[str, NDArray[np.float32]]:
         f"{host.head}.weight": model.head_scale * model.head.weight.double(),
         f"{host.head}.bias": model.head.bias,
     }
+    return _named(tensors | _matrices(model, host.encoder))
+
+
+def _matrices(model: Adapted, prefix: str) -> dict[str, Tensor]:
+    """A and s·B·R of every adapted layer."""
+    tensors = {}
     for name, layer in zip(model.adapter.names, model.adapter, strict=True):
-        tensors[f"{host.encoder}.{name}.lora_A.weight"] = layer.A
-        tensors[f"{host.encoder}.{name}.lora_B.weight"] = layer.scale * (layer.B.double() @ layer.core.double())
+        tensors[f"{prefix}.{name}.lora_A.weight"] = layer.A
+        tensors[f"{prefix}.{name}.lora_B.weight"] = layer.scale * (layer.B.double() @ layer.core.double())
+    return tensors
+
+
+def _named(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
     return {f"base_model.model.{name}": _float32(tensor) for name, tensor in tensors.items()}
 
 
@@ -131,6 +183,11 @@ def _float32(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _config(model: Classifier, host: Host, base: str) -> dict[str, object]:
+    """What peft needs to know of a classifier."""
+    return {**_lora(model, host.encoder, base), "modules_to_save": [host.head], "task_type": "TOKEN_CLS"}
+
+
+def _lora(model: Adapted, prefix: str, base: str) -> dict[str, object]:
     """What peft needs to know. ``target_modules`` are full names: peft compares ends of names, and no other ends like these.
 
     A contract without modules trains the head alone; peft has a word for an adapter of nothing.
@@ -143,11 +200,9 @@ def _config(model: Classifier, host: Host, base: str) -> dict[str, object]:
         "inference_mode": True,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": [host.head],
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": [f"{host.encoder}.{name}" for name in model.adapter.names] or "dummy-target-modules",
-        "task_type": "TOKEN_CLS",
+        "target_modules": [f"{prefix}.{name}" for name in model.adapter.names] or "dummy-target-modules",
     }
 
 

@@ -40,7 +40,7 @@ class PhysicalBatch:
     """Rows that pass through the model together; ``unit`` says whose they are.
 
     ``input_ids``, ``attention_mask`` and ``token_type_ids`` are ``(rows, L)`` int64, ``labels`` and ``unit`` ``(rows,)`` int64;
-    ``unit`` counts the batch's units from 0 and is ``DUMMY`` for a filler row.
+    ``labels`` is the last place of ``tokens.Row``; ``unit`` counts the batch's units from 0 and is ``DUMMY`` for a filler row.
     """
 
     input_ids: Tensor
@@ -62,7 +62,7 @@ class PhysicalBatch:
 
 
 class Rowwise(Protocol):
-    """A model whose rows are independent and whose trainables are recorded row by row; ``classifier.Classifier`` is one."""
+    """A model whose rows are independent and whose trainables are recorded row by row; ``adapted.Adapted`` is one."""
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +165,7 @@ def rowwise_linear(y: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot | 
 def unit_gradients(model: Rowwise, batch: PhysicalBatch, tape: Tape) -> Tensor:
     """The gradient ``(units, d)`` float32 of every unit in ``batch``: the sum of its rows' cross-entropy gradients, unclipped.
 
-    Order of the d columns: ``Classifier.read``. No parameter's ``.grad`` is touched.
+    Order of the d columns: ``Adapted.read``. No parameter's ``.grad`` is touched.
 
     Formal guarantees (what they rest on is checked by ``silo.learning.invariance``):
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from privacy.errors import PrivacyRefusal
-from silo.learning.classifier import Classifier
+from silo.learning.adapted import Adapted
 from silo.learning.gradients import RowsFor, Tape, as_batch, buckets, unit_gradients
 from silo.learning.tokens import EncodedUnit, Row
 
@@ -28,7 +28,7 @@ PROBE = "probe-{}"
 """The id of the public unit of a seed."""
 
 
-def probe(model: Classifier, lengths: Sequence[int], *, seed: int) -> EncodedUnit:
+def probe(model: Adapted, lengths: Sequence[int], *, seed: int) -> EncodedUnit:
     """A public unit with one record per entry of ``lengths``: a function of the model's configuration, ``lengths`` and ``seed``.
 
     Token types are given exactly if the encoder takes them.
@@ -39,12 +39,12 @@ def probe(model: Classifier, lengths: Sequence[int], *, seed: int) -> EncodedUni
 
     def row(length: int) -> Row:
         ids = tuple(bits.integers(0, config.vocab_size, length).tolist())
-        return ids, tuple(i * min(kinds, 2) // length for i in range(length)) if kinds else None, seed % model.head.out_features
+        return ids, tuple(i * min(kinds, 2) // length for i in range(length)) if kinds else None, model.mark(seed, length)
 
     return EncodedUnit(id=PROBE.format(seed), rows=tuple(map(row, lengths)))
 
 
-def check_invariance(model: Classifier, rows_for: RowsFor, *, max_length: int, most: int) -> bool:
+def check_invariance(model: Adapted, rows_for: RowsFor, *, max_length: int, most: int) -> bool:
     """Whether a unit's gradient is the same bits in every slot of every shape ``(rows_for(L), L)`` that packing can give.
 
     Args:
@@ -102,7 +102,7 @@ def _compare(units: Sequence[EncodedUnit], length: int, alone: Tensor, run: Call
     return all(torch.equal(seen.setdefault(unit.id, row), row) for unit, row in zip(units, bits, strict=True))
 
 
-def mixed(model: Classifier, length: int, rows: int, most: int) -> list[list[EncodedUnit]]:
+def mixed(model: Adapted, length: int, rows: int, most: int) -> list[list[EncodedUnit]]:
     """Batches of the probe among others. One that begins with the probe comes first: it tells company and memory from slots."""
     one, short, long, half = (
         probe(model, [tokens], seed=seed) for seed, tokens in enumerate((length, 1, length, (length + 1) // 2))
@@ -125,13 +125,13 @@ def _filled(mates: Sequence[EncodedUnit], room: int) -> list[EncodedUnit]:
     return chosen
 
 
-def _buffers(model: Classifier) -> dict[str, bytes]:
+def _buffers(model: Adapted) -> dict[str, bytes]:
     """A digest of every buffer, also of those that a checkpoint leaves out."""
     flat = ((name, buffer.detach().cpu().contiguous().reshape(-1)) for name, buffer in model.named_buffers())
     return {name: hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest() for name, values in flat}
 
 
-def _check_buffers(model: Classifier, kept: dict[str, bytes], length: int) -> None:
+def _check_buffers(model: Adapted, kept: dict[str, bytes], length: int) -> None:
     changed = sorted({name for name, _ in kept.items() ^ _buffers(model).items()})
     if changed:
         raise _carries(f"a batch of length {length} changed {len(changed)} buffers of the model, the first is {changed[0]}", length)
@@ -144,7 +144,7 @@ def _carries(message: str, length: int) -> PrivacyRefusal:
 
 
 @contextlib.contextmanager
-def _probe_state(model: Classifier) -> Iterator[None]:
+def _probe_state(model: Adapted) -> Iterator[None]:
     """The model at a fixed, public, non-zero state; its own state is put back."""
     before = model.read()
     model.write(0.05 * np.random.Generator(np.random.PCG64(0)).standard_normal(model.dimension))

@@ -25,7 +25,10 @@ RECORD_AS_UNIT = "record"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One or two texts and the class (a position in ``task.labels``)."""
+    """One or two texts and the class (a position in ``task.labels``).
+
+    Of a causal language model: the text; prompt and response; or role, content, role, content, … of a conversation. Its class is 0.
+    """
 
     texts: tuple[str, ...]
     label: int
@@ -42,8 +45,9 @@ class Unit:
 def load(path: Path, task: Task, privacy: Privacy, *, selection_key: bytes) -> tuple[Unit, ...]:
     """The units of ``path``, in the order in which they first appear.
 
-    The columns are ``text``, ``text_pair`` where the task has one, ``label``, and the one that ``privacy.unit`` names;
-    with the unit ``record`` each row is a unit, named by its place. Others are passed over.
+    The columns are ``text``, ``text_pair`` where the task has one, and ``label``; for a causal language model ``text``, ``prompt``
+    and ``response``, or ``messages``, as ``task.format`` says; and the one that ``privacy.unit`` names. With the
+    unit ``record`` each row is a unit, named by its place. Others are passed over.
 
     Formal guarantees:
         - A unit's records depend on its own rows and ``selection_key`` (32 secret bytes) alone.
@@ -105,8 +109,36 @@ def _canonical(record: Record) -> bytes:
 
 
 def _record(path: Path, line: int, row: Row, task: Task) -> Record:
+    if task.is_causal:
+        return Record(texts=_completion(path, line, row, task.format), label=0)
     fields = ("text", "text_pair") if task.text_pair else ("text",)
-    return Record(texts=tuple(_text(path, line, row, field) for field in fields), label=_label(path, line, row, task.labels))
+    return Record(texts=tuple(text_of(path, line, row, field) for field in fields), label=_label(path, line, row, task.labels))
+
+
+def _completion(path: Path, line: int, row: Row, form: str) -> tuple[str, ...]:
+    """The texts of one record of a causal language model. Columns of another form are refused: a response must not go unread."""
+    fields = {"text": ("text",), "prompt-response": ("prompt", "response"), "messages": ("messages",)}[form]
+    other = {"prompt", "response", "messages"} & {name for name, value in row.items() if value is not None} - set(fields)
+    if other:
+        refuse(path, line, f'the field "{min(other)}" does not go with format = "{form}"', "write records as the contract says")
+    if form == "messages":
+        return _messages(path, line, _field(path, line, row, "messages"))
+    return tuple(text_of(path, line, row, field) for field in fields)
+
+
+def _messages(path: Path, line: int, found: object) -> tuple[str, ...]:
+    """role, content, role, content, … of a conversation that ends with the assistant's answer."""
+    hint = 'write "messages" as a list of {"role": "...", "content": "..."} of which the last is the assistant\'s'
+    if not isinstance(found, list) or len(found) < 2:
+        refuse(path, line, '"messages" is no list of two or more messages', hint)
+    flat: list[str] = []
+    for place, message in enumerate(found, start=1):
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            refuse(path, line, f"message {place} is not of a role and a content alone", hint)
+        flat += [text_of(path, line, message, field) for field in ("role", "content")]
+    if flat[-2] != "assistant":
+        refuse(path, line, "the last message is not the assistant's: there is no response to learn", hint)
+    return tuple(flat)
 
 
 def _field(path: Path, line: int, row: Row, field: str) -> object:
@@ -117,7 +149,8 @@ def _field(path: Path, line: int, row: Row, field: str) -> object:
     return value
 
 
-def _text(path: Path, line: int, row: Row, field: str) -> str:
+def text_of(path: Path, line: int, row: Row, field: str) -> str:
+    """The text of a field. Raises RecordsError where there is none, or it is empty or cannot be encoded."""
     value = _field(path, line, row, field)
     if not isinstance(value, str):
         refuse(path, line, f'"{field}" is {type(value).__name__}, expected text', f'write "{field}" as text')

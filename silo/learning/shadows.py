@@ -35,7 +35,7 @@ from privacy.errors import ConfigError, NotCertified
 from privacy.federation import Contract, mechanism, ring_plan_at
 from privacy.prg import Randomness
 from privacy.update_rule import State
-from silo.learning.classifier import Classifier
+from silo.learning.adapted import Adapted
 from silo.learning.evaluation import Pooled, head_gradients
 from silo.learning.sampling import Words
 from silo.learning.tokens import EncodedUnit
@@ -117,7 +117,7 @@ class Head(Contribution):
         self._terms, self._pooled, self._randomness = subject.terms, subject.pooled, randomness
         self._units = tuple(EncodedUnit(id=str(number), rows=()) for number in chosen)
         self.device, self.dimension = torch.device("cpu"), subject.terms.dimension
-        self.model = cast(Classifier, self)  # its dimension and device are all that a sum asks for
+        self.model = cast(Adapted, self)  # its dimension and device are all that a sum asks for
         self._head = head_of(subject.terms, update_rule.initial(subject.terms))
 
     def _load(self, state: State) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Task
-from silo.learning.records import Unit
+from silo.learning import completions
+from silo.learning.records import Record, Unit
 
 Row = tuple[tuple[int, ...], tuple[int, ...] | None, int]
-"""(input ids, token type ids where the tokenizer has them, label)."""
+"""(input ids, token type ids where the tokenizer has them, label; or how many of the tokens are the prompt's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,20 @@ def encode(units: Sequence[Unit], tokenizer_folder: Path, task: Task) -> list[En
     """The units in token numbers, in the same order.
 
     Raises:
-        ConfigError: the folder holds no fast tokenizer.
-        RecordsError: a record has no token at all.
+        ConfigError: the folder holds no fast tokenizer; or as ``completions.encoded``.
+        RecordsError: a record has no token at all; or as there.
     """
     if not units:
         return []
-    records = [record for unit in units for record in unit.records]
-    encoded = _tokenizer(tokenizer_folder)(
+    records, tokenizer = [record for unit in units for record in unit.records], load(tokenizer_folder)
+    encoded = completions.encoded if task.is_causal else _texts
+    rows = iter(encoded(records, tokenizer, task))
+    return [EncodedUnit(id=unit.id, rows=tuple(next(rows) for _ in unit.records)) for unit in units]
+
+
+def _texts(records: Sequence[Record], tokenizer: Any, task: Task) -> list[Row]:  # noqa: ANN401
+    """Each record's one or two texts, as the tokenizer joins them, and its label."""
+    encoded = tokenizer(
         *([record.texts[place] for record in records] for place in range(2 if task.text_pair else 1)),
         truncation=True,
         max_length=task.max_length,
@@ -46,24 +54,18 @@ def encode(units: Sequence[Unit], tokenizer_folder: Path, task: Task) -> list[En
         return_attention_mask=False,
     )
     ids, types = encoded["input_ids"], encoded.get("token_type_ids") or [None] * len(records)
-    rows = (
-        (tuple(tokens), None if kinds is None else tuple(kinds), record.label)
-        for tokens, kinds, record in zip(ids, types, records, strict=True)
-    )
-    result = [EncodedUnit(id=unit.id, rows=tuple(next(rows) for _ in unit.records)) for unit in units]
-    _check_tokens(result)
-    return result
-
-
-def _check_tokens(units: Sequence[EncodedUnit]) -> None:
-    empty = sum(not tokens for unit in units for tokens, _, _ in unit.rows)
-    if empty:
+    if empty := sum(not tokens for tokens in ids):
         raise RecordsError(
             f"{empty} records have no token in this model's vocabulary", hint="drop records without words", found=empty
         )
+    return [
+        (tuple(tokens), None if kinds is None else tuple(kinds), record.label)
+        for tokens, kinds, record in zip(ids, types, records, strict=True)
+    ]
 
 
-def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 (transformers has no types here)
+def load(folder: Path) -> Any:  # noqa: ANN401 (transformers has no types here)
+    """The fast tokenizer in ``folder``, from local files. Raises ConfigError when there is none."""
     # Without it transformers may make up a tokenizer that knows no word, and every text would become the same.
     if not (folder / "tokenizer.json").is_file():
         raise _no_tokenizer(folder, "there is no tokenizer.json")

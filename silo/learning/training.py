@@ -33,8 +33,8 @@ from privacy.update_rule import State
 from silo import membership
 from silo.config import Compute, Config
 from silo.home import Home
-from silo.learning import classifier, prefix, records, tokens
-from silo.learning.classifier import Classifier
+from silo.learning import models, prefix, records, tokens
+from silo.learning.adapted import Adapted
 from silo.learning.gradients import PhysicalBatch, RowsFor, Tape, as_batch, bucket, buckets, length_of, pack, unit_gradients
 from silo.learning.invariance import check_invariance, mixed, probe
 from silo.learning.sampling import Words, poisson
@@ -59,7 +59,7 @@ class Contribution:
 
     Args:
         terms: the contract.
-        model: the classifier of these terms.
+        model: the model of these terms.
         units: this silo's encoded units.
         rows_tokens: tokens in one physical batch: memory and speed. Another value may change the last bits of any unit's integers
             (other shapes, other kernels); within a run it is a constant of the machine.
@@ -84,7 +84,7 @@ class Contribution:
     def __init__(
         self,
         terms: Contract,
-        model: Classifier,
+        model: Adapted,
         units: Sequence[EncodedUnit],
         *,
         rows_tokens: int,
@@ -103,10 +103,10 @@ class Contribution:
         self._together = check_invariance(model, self._rows_for, max_length=longest, most=most)
         if not self._together:
             self._rows_for = rows_for(1, most)
-        if model.prefix is not None and prefix_bytes:
-            model.prefix.keep(prefix_folder, prefix_bytes)
-            if not prefix.agrees(model.prefix, self._gradient, self._probes(longest, most)):
-                model.prefix.drop()
+        if model.frozen is not None and prefix_bytes:
+            model.frozen.keep(prefix_folder, prefix_bytes)
+            if not prefix.agrees(model.frozen, self._gradient, self._probes(longest, most)):
+                model.frozen.drop()
 
     @property
     def basis_digest(self) -> bytes:
@@ -182,7 +182,7 @@ class Contribution:
 
     def _with_prefix(self, units: Sequence[EncodedUnit]) -> Sequence[EncodedUnit]:
         """``units``, first those whose prefix is kept; for the others it is computed before, as long as there is room."""
-        kept, longest = self.model.prefix, self._terms.task.max_length
+        kept, longest = self.model.frozen, self._terms.task.max_length
         if kept is None or not kept.is_kept:
             return units
 
@@ -190,7 +190,7 @@ class Contribution:
             return not kept.has(unit, length_of(unit, longest))
 
         for batch in self._batches(list(filter(is_missing, units)) if kept.room else ()):
-            self.model.keep_prefix(batch.to(self.model.device))
+            self.model.keep_frozen(batch.to(self.model.device))
         return sorted(units, key=is_missing)
 
     def _probes(self, longest: int, most: int) -> Iterator[tuple[PhysicalBatch, PhysicalBatch]]:
@@ -217,7 +217,7 @@ def build(
 ) -> Contribution:
     """The contribution of the silo in ``home``: model verified by digest, records read and checked, layout tested.
 
-    ``bases``: the factors of each module, where they came out of a gradient (``silo.learning.classifier.assemble``).
+    ``bases``: the factors of each module, where they came out of a gradient (``silo.learning.models.build``).
 
     Raises:
         ConfigError: the model or the records do not fit the contract.
@@ -227,7 +227,7 @@ def build(
     units = records.load(Path(config.records.path), terms.task, terms.privacy, selection_key=home.selection_key)
     records.check_enough(units, terms.privacy)
     device, precision = resolve(config.compute)
-    model = classifier.build(folder, terms, precision=precision, device=device, bases=bases)
+    model = models.build(folder, terms, precision=precision, device=device, bases=bases)
     encoded = tokens.encode(units, folder, terms.task)
     return Contribution(
         terms, model, encoded, rows_tokens=config.compute.rows_tokens, randomness=randomness,
@@ -268,7 +268,7 @@ def rows_for(rows_tokens: int, fewest: int) -> RowsFor:
     return lambda length: max(fewest, rows_tokens // length)
 
 
-def check_responds(model: Classifier, max_length: int) -> None:
+def check_responds(model: Adapted, max_length: int) -> None:
     """Return if every R of ``model`` changes its output on a public record, and has a gradient. The model's state is put back.
 
     An adapter whose hooks hold stale parameters trains on, spends budget, and never changes the model (opacus #820).
@@ -290,12 +290,13 @@ def check_responds(model: Classifier, max_length: int) -> None:
         model.write(nudged)
         with torch.no_grad():
             moved = not torch.equal(model(batch.to(model.device)), logits)
-        blocks = torch.split(
-            unit_gradients(model, batch, Tape(model.dimension)), [*matrices, model.dimension - sum(matrices)], dim=1
-        )
+        parts = dict(zip(model.adapter.names, matrices, strict=True))
+        if head := model.dimension - sum(matrices):
+            parts["the head"] = head
+        blocks = torch.split(unit_gradients(model, batch, Tape(model.dimension)), list(parts.values()), dim=1)
     finally:
         model.write(before)
-    still = [name for name, block in zip((*model.adapter.names, "the head"), blocks, strict=True) if not bool(block.any())]
+    still = [name for name, block in zip(parts, blocks, strict=True) if not bool(block.any())]
     if (matrices and not moved) or still:
         raise MachineError(
             f"the model does not respond to its adapters: {len(still)} of {len(blocks)} parts have no gradient"

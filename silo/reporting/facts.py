@@ -17,7 +17,7 @@ from privacy.dp import unprotected
 from privacy.dp.entries import Commit, Void
 from privacy.dp.ledger import History
 from privacy.dp.together import Together
-from privacy.errors import MachineError, PrivacyRefusal
+from privacy.errors import ConfigError, MachineError, PrivacyRefusal
 from privacy.federation import Accepted
 from privacy.identity import keys
 from privacy.rows import read_rows
@@ -119,6 +119,11 @@ def _records(home: Home, settings: config.Config, accepted: Accepted) -> Records
 
 def _held_out(root: Path, path: Path) -> HeldOut:
     found = reading.evaluate(root, path, ())
+    if "accuracy_after" not in found:
+        raise ConfigError(
+            "the report states accuracies, and this federation's model completes texts",
+            hint="leave --held-out out; `silo eval` states loss and perplexity", code="task-kind",
+        )  # fmt: skip
     return HeldOut(
         file=visible(path.name), digest=hashlib.sha256(path.read_bytes()).hexdigest(), records=sum(1 for _ in read_rows(path)),
         accuracy_before=found["accuracy_before"], accuracy_after=found["accuracy_after"],
