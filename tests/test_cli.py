@@ -438,7 +438,7 @@ def test_joining_before_the_contract_stands_is_6(terminal, trial, joinable):
 
 def test_an_unreachable_aggregator_is_7(terminal, trial, monkeypatch):
     original = HttpTransport.__init__
-    monkeypatch.setattr(HttpTransport, "__init__", lambda self, url, **given: original(self, url, patience_s=0.2, **given))
+    monkeypatch.setattr(HttpTransport, "__init__", lambda self, url, **given: original(self, url, **{**given, "patience_s": 0.2}))
     refused(terminal("silo join", "--yes", "--home", trial / "silo-1", "--json"), 7, "unreachable", "http://127.0.0.1:1")
 
 
