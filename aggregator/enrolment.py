@@ -32,6 +32,7 @@ from privacy.federation import GUARDIANS_FROM, Accepted, Contract, Guardian, Mem
 from privacy.identity import keys
 from privacy.identity.keys import Identity, PublicIdentity, PublicMember
 from privacy.messages import AGGREGATOR
+from privacy.task import check_task
 
 
 def init(
@@ -49,7 +50,7 @@ def init(
     """
     nobody = PublicIdentity(name=name, sign_key=bytes(32), seal_key=bytes(keys.SEAL_KEY_BYTES), ml_dsa_key=bytes(1952))
     text = draft(terms, nobody)  # refuses before anything is made
-    raw_terms(text)
+    check_task(raw_terms(text))
     home = Home.prepared(root)
     with home.locked():
         kept = home.identity_path.exists()

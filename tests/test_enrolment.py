@@ -87,15 +87,21 @@ def test_init_with_a_value_that_cannot_stand_makes_nothing(tmp_path, change):
     assert not (tmp_path / "a").exists()
 
 
-def test_every_key_of_a_contract_stands_in_the_draft_under_a_comment(tmp_path):
-    home, _, _ = made(tmp_path, silos=1)
+CAUSAL = {"kind": "causal-lm", "labels": (), "format": "text"}
+
+
+@pytest.mark.parametrize(("change", "of_the_other_kind"), [({}, {"format"}), (CAUSAL, {"labels", "text_pair"})])
+def test_every_key_of_a_contract_stands_in_the_draft_under_a_comment(tmp_path, change, of_the_other_kind):
+    home, _, _ = made(tmp_path, with_terms(**change), silos=1)
     text = home.draft_path.read_text()
     stated = tomllib.loads(text)
     absent = {"guardian", "in_force", "basis", "public_basis"}  # with shares; over one passed over; as the basis wants it
     assert set(stated) == set(Contract.__struct_fields__) - absent
     tables = ("Task", "Model", "Adapter", "Training", "Privacy", "Sum", "Aggregator")
     for table in tables:
-        assert set(stated[table.lower()]) == set(getattr(federation, table).__struct_fields__)
+        missing = set(getattr(federation, table).__struct_fields__) - set(stated[table.lower()])
+        assert missing <= of_the_other_kind | ({"pooling", "head_scale"} if change else set()), table
+        assert not set(stated[table.lower()]) & of_the_other_kind
     assert len(re.findall(r"(?m)^# ", text)) > 35
 
 
