@@ -65,7 +65,8 @@ def restore(
         folder: exchange documents there, whatever ``silo.toml`` says.
 
     Raises:
-        ConfigError: there is no silo, it has joined no federation, or a contract cannot be read. Nothing was changed.
+        ConfigError: there is no silo, it has joined no federation, or a contract that is named cannot be read. Nothing was changed.
+            Or that of a run alone in the home: name it, or put it back, and the same command goes on.
         PrivacyRefusal: a contract that was named has no differential privacy: nobody trains alone under it. Nothing was changed.
         LedgerBroken: a copy does not verify, or two have different histories. Nothing was changed.
         TrustError: a document on the board does not hold, or an upload in the log is not shown.
@@ -133,7 +134,8 @@ def _caught_up(
         before = _by_round(ledger)
         charge(ledger, rounds, contracts={digest.hex() for digest in versions})
         after = _by_round(ledger)
-        apart = _charged_alone(ledger, [*named, *(_Alone.of(each) for each in alone_kept.behind(home, ledger))])
+        apart = _charged_alone(ledger, named)
+        apart += _charged_alone(ledger, [_Alone.of(each) for each in alone_kept.behind(home, ledger)])  # not what was named
         _promise(home, ledger, rounds)
     _take_back_cosignatures(home, transport, accepted, identity, last=_newest(transport, "checkpoint"))
     added = {number: count - before.get(number, 0) for number, count in after.items()}

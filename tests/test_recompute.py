@@ -114,15 +114,15 @@ def test_it_imports_nothing_of_ours() -> None:
         for name in ([each.name for each in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""])
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert named == {"__future__", "functools", "json", "math", "sys", "pathlib", "typing", "dp_accounting"}
+    assert named == {"__future__", "collections", "functools", "json", "math", "sys", "pathlib", "typing", "dp_accounting"}
 
 
 def test_it_agrees_with_an_honest_report(record, tmp_path) -> None:
-    """Three adversaries, now and for the plan, and three silos; as whoever has nothing of this project runs it."""
+    """Three adversaries and the accountants' table, now and for the plan, and three silos; as somebody with nothing of ours."""
     path = tmp_path / "report.json"
     path.write_text(json.dumps(record))
     done = subprocess.run([sys.executable, "-I", FILE, path], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stdout.count("agrees")) == (0, 9), done.stdout + done.stderr
+    assert (done.returncode, done.stdout.count("agrees")) == (0, 11), done.stdout + done.stderr
 
 
 def test_it_pays_for_every_attempt_at_a_basis(after_a_basis, run) -> None:
@@ -131,7 +131,7 @@ def test_it_pays_for_every_attempt_at_a_basis(after_a_basis, run) -> None:
         [(True, 2), (False, 3)], [(True, 2), (False, 3)], [(True, 1), (False, 3)],
     ]  # fmt: skip
     code, out = run(after_a_basis)
-    assert (code, out.count("agrees")) == (0, 9), out
+    assert (code, out.count("agrees")) == (0, 11), out
 
 
 def test_a_basis_that_is_not_paid_for_differs(after_a_basis, run) -> None:
@@ -152,7 +152,7 @@ def test_over_versions_it_is_the_filter_at_the_order_of_the_first_ones_limits(ov
     """Silo 3 has version 1 alone, so both accountants compose what it is charged for; the others' is one order's."""
     assert [silo["spent"]["epsilon_pld"] is None for silo in over_versions["silos"]] == [True, True, False]
     code, out = run(over_versions)
-    assert (code, out.count("agrees")) == (0, 9), out
+    assert (code, out.count("agrees")) == (0, 11), out
 
 
 def test_another_order_of_the_filter_differs(over_versions, run) -> None:
@@ -186,3 +186,33 @@ def test_what_it_does_not_cover_it_says(record, run) -> None:
     changed["accounting"] = None
     code, out = run(changed)
     assert (code, "not covered" in out) == (2, True)
+
+
+def test_a_figure_that_is_left_out_differs(after_a_basis, run) -> None:
+    """An adversary that the report does not name, or a silo whose uploads stand in its rounds."""
+    changed = copied(after_a_basis)
+    del changed["guarantee"]["adversaries"][2]
+    code, out = run(changed)
+    assert (code, "no figure against sum_broken" in out) == (1, True), out
+    changed = copied(after_a_basis)
+    del changed["silos"][0]
+    code, out = run(changed)
+    assert (code, "silo 1 has 2 basis rounds of version 1" in out) == (1, True), out
+
+
+def test_what_the_accountants_are_shown_with_differs(after_a_basis, run) -> None:
+    """The figures in ``accounting`` are those that the report's summary and charts start from."""
+    for when in ("spent", "plan"):
+        changed = copied(after_a_basis)
+        changed["accounting"][when]["epsilon"] *= 0.9
+        code, out = run(changed)
+        assert (code, out.count("DIFFERS")) == (1, 1), out
+
+
+def test_fewer_rounds_charged_than_the_record_lists_differ(after_a_basis, run) -> None:
+    """Every figure fits the charges, and the charges do not fit the rounds in which the silo's uploads arrived."""
+    changed = copied(after_a_basis)
+    changed["rounds"].append({**changed["rounds"][-1], "number": 6})
+    code, out = run(changed)
+    assert (code, out.count("DIFFERS")) == (1, 0), out
+    assert "silo 1 has 4 rounds of version 1, and is charged for 3" in out

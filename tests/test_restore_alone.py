@@ -18,7 +18,7 @@ from privacy.dp import accounting, unprotected
 from privacy.dp.budget import Limits
 from privacy.dp.entries import Reserve
 from privacy.dp.ledger import Ledger
-from privacy.errors import ConfigError, LedgerBroken, PrivacyRefusal
+from privacy.errors import ConfigError, LedgerBroken, PrivacyRefusal, TrustError
 from privacy.federation import Accepted
 from privacy.identity import keys
 from silo import alone, alone_kept, config, recharging, restoring
@@ -231,6 +231,22 @@ def test_a_run_alone_whose_folder_is_newer_than_the_ledger_is_charged_unasked(wh
     with pytest.raises(LedgerBroken, match="round 1 alone"):
         alone_kept.require_reserved(home, whole.history(LOST))
     assert {each["run"] for each in restored(whole)["charged_alone"]} == {"little-noise", "long-rounds"}
+    alone_kept.require_reserved(home, whole.history(LOST))
+    assert spent(whole.history(LOST)) >= truth_of(whole)
+
+
+def test_a_run_alone_whose_contract_is_lost_is_charged_once_somebody_names_it(whole):
+    """Its folder is newer than the ledger and says how far it came, not at what price: nothing ends until a person knows."""
+    put_back(whole)
+    shutil.copytree(whole.root / "as-it-was" / "alone", root_of(whole) / "alone", dirs_exist_ok=True)
+    home = Home(root_of(whole))
+    for contract in home.root.glob("alone/*/contract"):
+        contract.unlink()
+    with pytest.raises(ConfigError, match="cannot read"):
+        restored(whole, alone=[LITTLE])
+    with pytest.raises(TrustError, match="has not ended"):
+        home.restored_epoch()
+    assert [each["run"] for each in restored(whole, alone=[LITTLE, LONG])["charged_alone"]] == ["long-rounds"]
     alone_kept.require_reserved(home, whole.history(LOST))
     assert spent(whole.history(LOST)) >= truth_of(whole)
 

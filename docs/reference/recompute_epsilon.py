@@ -5,7 +5,8 @@ Run: ``pip install dp-accounting``, then ``python recompute_epsilon.py report.js
 imports no part of siloquy. From the record it reads how many rounds of which version of the contract each silo is charged for and
 the plan has, basis rounds by themselves, and what each adversary sees of one of them. It asks dp_accounting's
 privacy-loss-distribution and Renyi accountants for epsilon, and compares with what the report states: for each of the three
-adversaries, now and for the plan, and for each silo.
+adversaries, now and for the plan, for the accountants' own table, and for each silo. And it counts: each silo is charged for no
+fewer rounds than the record lists with its upload.
 
 What the accountants are asked about is the continuous Gaussian at sigma' = sqrt(shares * s^2 - 16) / 2^p; epsilon grows by
 2 zeta, delta shrinks by exp(zeta): docs/concepts/proofs.md says why. Rounds under one version, and its basis rounds with them, were
@@ -14,12 +15,13 @@ from earlier results: the Renyi accountant alone composes them, at one order (an
 first version with rounds. What no record can show: that silos did what it says.
 
 Exit code: 0 every figure agrees (PLD to 1e-3 relative, since another grid rounds otherwise; nothing is stated lower), 1 one does
-not, 2 this report is of a kind that this file does not cover (units in several silos, no differential privacy, a record of a
-release that did not state what each adversary sees).
+not or is left out, 2 this report is of a kind that this file does not cover (units in several silos, no differential privacy, a
+record of a release that did not state what each adversary sees).
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import math
@@ -34,6 +36,7 @@ from dp_accounting.rdp import RdpAccountant
 SMOOTHING = 16.0
 TOLERANCE = 1e-3
 GRID = 1e-4
+ADVERSARIES = ("outside", "insiders", "sum_broken")
 TOO_WIDE = 100.0
 """Above this epsilon a distribution of privacy losses needs too much memory, and protects nobody."""
 ORDERS = [*(tenths / 10 for tenths in range(21, 110)), *(float(order) for order in range(11, 257)), 2.0]
@@ -133,13 +136,32 @@ def agrees(said: dict[str, Any], pld: float | None, rdp: float, steps: int) -> b
     return bool(said["epsilon"] >= (rdp if pld is None else min(pld, rdp)) * (1 - TOLERANCE))
 
 
+def left_out(record: dict[str, Any]) -> list[str]:
+    """In words: adversaries without a figure, and rounds with a silo's upload that it is not charged for."""
+    named = [each["name"] for each in record["guarantee"]["adversaries"]]
+    found = [f"no figure against {name}" for name in ADVERSARIES if named.count(name) != 1]
+    charged = {
+        (silo["silo"], each["version"], each["basis"]): each["rounds"] for silo in record["silos"] for each in silo["charged"]
+    }
+    sent = collections.Counter((silo, each["version"], each["basis"]) for each in record["rounds"] for silo in each["participants"])
+    return found + [
+        f"silo {silo} has {count} {'basis ' * basis}rounds of version {version}, and is charged for {charged.get(key, 0)}"
+        for key, count in sorted(sent.items())
+        for silo, version, basis in [key]
+        if charged.get(key, 0) < count
+    ]
+
+
 def compared(record: dict[str, Any]) -> list[tuple[str, float, float | None, float, bool]]:
-    """(which, epsilon stated, by PLD, by RDP, whether they agree) for each adversary, now and for the plan, and for each silo."""
+    """(which, epsilon stated, by PLD, by RDP, whether they agree): adversaries and table, now and for the plan, and each silo."""
     loads, plan = [silo["charged"] for silo in record["silos"]], [record["accounting"]["planned"]]
     asked = [
         (f"{each['name']}, {when}", each["name"], load, each[when])
         for each in record["guarantee"]["adversaries"]
         for when, load in (("spent", loads), ("plan", plan))
+    ]
+    asked += [
+        (f"accounting, {when}", "insiders", load, record["accounting"][when]) for when, load in (("spent", loads), ("plan", plan))
     ]
     asked += [(f"silo {silo['silo']}", "insiders", [silo["charged"]], silo["spent"]) for silo in record["silos"]]
     rows = []
@@ -156,12 +178,14 @@ def main(words: list[str]) -> int:
     if reason:
         print(f"not covered: {reason}")
         return 2
-    rows = compared(record)
+    missing, rows = left_out(record), compared(record)
+    for line in missing:
+        print(line)
     print(f"{'':<22}{'stated':>10}{'PLD':>10}{'RDP':>10}")
     for which, stated, pld, rdp, same in rows:
         by_pld = "" if pld is None else f"{pld:.4f}"
         print(f"{which:<22}{stated:>10.4f}{by_pld:>10}{rdp:>10.4f}  {'agrees' if same else 'DIFFERS'}")
-    return 0 if all(same for *_, same in rows) else 1
+    return 0 if not missing and all(same for *_, same in rows) else 1
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def check_invariance(model: Adapted, rows_for: RowsFor, *, max_length: int, most
             earlier batch does, or it changes a buffer: the model carries state from batch to batch.
     """
     lengths, tape = buckets(max_length), Tape(model.dimension)
-    with _probe_state(model):
+    with probe_state(model):
         kept = _buffers(model)
 
         def run(units: Sequence[EncodedUnit], length: int) -> Tensor:
@@ -144,7 +144,7 @@ def _carries(message: str, length: int) -> PrivacyRefusal:
 
 
 @contextlib.contextmanager
-def _probe_state(model: Adapted) -> Iterator[None]:
+def probe_state(model: Adapted) -> Iterator[None]:
     """The model at a fixed, public, non-zero state; its own state is put back."""
     before = model.read()
     model.write(0.05 * np.random.Generator(np.random.PCG64(0)).standard_normal(model.dimension))

@@ -6,8 +6,10 @@ reads them and pays for the upper layers alone. Nothing is dropped out or augmen
 mode), so a kept activation stays true as long as the process lives.
 
 Promised: a kept row has the bits that the layers gave it, its padding apart, which is zero; what is kept never leaves the silo's
-disk, in a file that has no name and is gone with the process; a full disk or a full allowance ends keeping, never training. Not
-promised: that an encoder looks at nothing but the mask to ignore padding. ``agrees`` measures it before a cache is used.
+disk, in a file that has no name and is gone with the process; a full allowance ends keeping, never training, and so does a disk
+that is full or fails: then what was kept is given back, for the ledger is on the same disk. Not promised: that an encoder looks at
+nothing but the mask to ignore padding: ``agrees`` measures it before a cache is used. Nor that a record has the same bits in every
+slot of a batch: equal records share a place here, so whoever keeps must know it (``silo.learning.invariance``).
 
 A file that is read with ``pread`` and not a memory map: with a map, a disk that is full ends the process by a signal.
 """
@@ -84,10 +86,10 @@ class Prefix:
     def keep(self, folder: Path | None, most_bytes: int) -> None:
         """From now on, keep at most ``most_bytes`` in a nameless file in ``folder`` (the system's own for temporary files: None).
 
-        What was kept before is forgotten.
+        What was kept before is forgotten. Where there can be no such file, nothing is kept.
         """
         self.drop()
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
             self._file = os.dup(file.fileno())
         self._most = most_bytes
 
@@ -129,7 +131,7 @@ class Prefix:
 
     def fill(self, encode: Callable[[], Any], batch: PhysicalBatch) -> None:
         """Run the layers of the prefix over ``batch`` and keep what its rows do not have yet, as far as there is room."""
-        if not self.room:
+        if not (self.is_kept and self.room):
             return
         self._recorded = True
         try:
@@ -140,11 +142,11 @@ class Prefix:
         finally:
             self._recorded = False
 
-    def _through(self, forward: Callable[..., Any], is_last: bool, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _through(self, forward: Callable[..., Any], is_last: bool, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """A layer of the prefix: itself, or what is kept in the place of all of them."""
         if self._replayed is not None:
             return self._replayed
-        found = forward(hidden, *args, **kwargs)
+        found = forward(*args, **kwargs)
         if is_last and self._recorded:
             raise _ReachedError(found)
         return found
@@ -159,13 +161,17 @@ class Prefix:
             words = values[index, :count].reshape(-1).view(torch.uint8).numpy().tobytes()
             if key in self._places or not self._fits(len(words)):
                 continue
+            if not self._wrote(words):
+                self.drop()
+                return
             self._places[key] = (self._end, len(words))
             self._end += len(words)
-            with contextlib.suppress(OSError):
-                if os.pwrite(self._file or 0, words, self._places[key][0]) == len(words):
-                    continue
-            del self._places[key]  # the disk is full: what is kept is kept, and no more is tried
-            self._most = 0
+
+    def _wrote(self, words: bytes) -> bool:
+        try:
+            return self._file is not None and os.pwrite(self._file, words, self._end) == len(words)
+        except OSError:
+            return False
 
     def _fits(self, size: int) -> bool:
         if self._end + size > self._most:
@@ -181,7 +187,12 @@ class Prefix:
         found = torch.zeros(*batch.input_ids.shape, width, dtype=dtype)
         words = found.view(len(found), -1).view(torch.uint8).numpy()
         for place, index in places:
-            if place is None or len(read := os.pread(self._file, place[1], place[0])) != place[1]:
+            try:
+                read = b"" if place is None else os.pread(self._file, place[1], place[0])
+            except OSError:
+                self.drop()
+                return None
+            if place is None or len(read) != place[1]:
                 return None
             words[index, : place[1]] = np.frombuffer(read, dtype=np.uint8)
         return found

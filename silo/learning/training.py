@@ -36,7 +36,7 @@ from silo.home import Home
 from silo.learning import models, prefix, records, tokens
 from silo.learning.adapted import Adapted
 from silo.learning.gradients import PhysicalBatch, RowsFor, Tape, as_batch, bucket, buckets, length_of, pack, unit_gradients
-from silo.learning.invariance import check_invariance, mixed, probe
+from silo.learning.invariance import check_invariance, mixed, probe, probe_state
 from silo.learning.sampling import Words, poisson
 from silo.learning.tokens import EncodedUnit
 
@@ -99,14 +99,17 @@ class Contribution:
         self._tape = Tape(model.dimension)
         most, longest = terms.privacy.max_records_per_unit, terms.task.max_length
         self._rows_for = rows_for(rows_tokens, most)
+        if model.frozen is not None:
+            model.frozen.drop()  # what was kept for another layout would stand in for what is tested here
         check_responds(model, longest)
         self._together = check_invariance(model, self._rows_for, max_length=longest, most=most)
         if not self._together:
             self._rows_for = rows_for(1, most)
-        if model.frozen is not None and prefix_bytes:
+        if model.frozen is not None and prefix_bytes and (self._together or most == 1):  # else equal records differ by their slot
             model.frozen.keep(prefix_folder, prefix_bytes)
-            if not prefix.agrees(model.frozen, self._gradient, self._probes(longest, most)):
-                model.frozen.drop()
+            with probe_state(model):
+                if not prefix.agrees(model.frozen, self._gradient, self._probes(longest, most)):
+                    model.frozen.drop()
 
     @property
     def basis_digest(self) -> bytes:
