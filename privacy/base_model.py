@@ -40,6 +40,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates by name; transformers prefers one called "default" to ``chat_template.jinja``."""
 _VALUE_OUTPUT = (
     ("attention.self.value", "attention.output.dense"),
     ("attention.self.value_proj", "attention.output.dense"),
@@ -106,7 +108,7 @@ def digest(folder: Path) -> str:
     The bytes are mapped, never loaded: a model may be larger than the memory.
 
     Raises:
-        ConfigError: files are missing, malformed or ambiguous, or there are pickled weights.
+        ConfigError: files are missing, malformed or ambiguous, there are pickled weights, or other files would be loaded.
     """
     check_folder(folder)
     state = hashlib.sha256(b"siloquy/base-model/1\0")
@@ -118,11 +120,15 @@ def digest(folder: Path) -> str:
             state.update((tensor.end - tensor.begin).to_bytes(8, "big"))
             with memoryview(data) as view, view[tensor.begin : tensor.end] as content:
                 state.update(content)
-    for path in sorted(folder / name for name in ("config.json", *TOKENIZER_FILES)):
-        if path.is_file():
-            with path.open("rb") as file:
-                _feed(state, path.name.encode(), hashlib.file_digest(file, "sha256").digest())
+    for path in sorted([folder / "config.json", *tokenizer_files(folder)]):
+        with path.open("rb") as file:
+            _feed(state, path.relative_to(folder).as_posix().encode(), hashlib.file_digest(file, "sha256").digest())
     return state.hexdigest()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that a tokenizer is made of, its chat templates among them."""
+    return [path for path in (*(folder / name for name in TOKENIZER_FILES), *(folder / TEMPLATES).glob("*.jinja")) if path.is_file()]
 
 
 def describe(folder: Path) -> Description:

@@ -22,6 +22,8 @@ from typing import NoReturn
 
 from privacy.errors import ConfigError
 
+_ELSEWHERE = {"config.json": "transformers_weights", "tokenizer_config.json": "fast_tokenizer_files"}
+"""Keys that have transformers take weights, or a tokenizer, from files of other names."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _ITEM_BITS = {
     "BOOL": 8,
@@ -69,6 +71,9 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         refuse(folder, "has no config.json", "name the folder that holds the model's config.json and model.safetensors")
+    for name, key in _ELSEWHERE.items():
+        if (folder / name).is_file() and key in read_json(folder / name):
+            refuse(folder / name, f"has {key}: transformers would load files that no digest holds", f"leave {key} out of it")
 
 
 def mapped(folder: Path, stack: ExitStack) -> Iterator[tuple[Tensor, mmap.mmap]]:

@@ -100,8 +100,10 @@ def merged(bench: Bench, origin: Origin) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         whole.save_pretrained(folder)
         made = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-    beside = (bench.folder / name for name in base_model.TOKENIZER_FILES)
-    copied = {path.name: path.read_bytes() for path in beside if path.is_file()}
+    beside = base_model.tokenizer_files(bench.folder)
+    copied = {path.name: path.read_bytes() for path in beside if path.parent == bench.folder}
+    # Of templates in a folder of their own only the one that was trained with goes along, as the one that is used.
+    copied |= {"chat_template.jinja": path.read_bytes() for path in beside if path.match(f"{base_model.TEMPLATES}/default.jinja")}
     return {**made, **copied, CARD: causal_card(origin, merged=True).encode()}
 
 

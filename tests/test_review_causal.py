@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a hostile reading of causal language models found: files outside the digest, templates that fail, answers that never end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from privacy import base_model, federation, update_rule
+from privacy.errors import ConfigError
+from silo.config import Compute
+from silo.learning import evaluation, export, tokens
+from silo.learning.card import Origin
+from silo.learning.evaluation import Bench
+from tests import causal_models
+from tests.terms import contract_bytes
+from tests.test_causal_export import SPENT
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return causal_models.folder(tmp_path / "model")
+
+
+def bench_of(folder: Path, **task: object) -> tuple[Bench, Origin]:
+    """The model of a contract around the base model in ``folder``, and where an export of its first state comes from."""
+    described = base_model.describe(folder)
+    model = {"name": str(folder), "digest": base_model.digest(folder), "hidden_size": described.hidden_size}
+    accepted = federation.parse(contract_bytes(**causal_models.changes(model=model, task=task)))
+    bench = evaluation.open_bench(accepted.terms, compute=Compute(device="cpu", precision="float32"))
+    state = update_rule.initial(accepted.terms)
+    return bench, Origin(accepted=accepted, silo="north", round=0, state=state, spent=SPENT, base=str(folder))
+
+
+def changed(path: Path, **more: object) -> None:
+    """The JSON object in ``path`` with some keys more."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+@pytest.mark.parametrize("name", ["default", "tool_use"])
+def test_every_chat_template_that_is_loaded_enters_the_digest(folder: Path, name: str) -> None:
+    """transformers also reads a folder of templates, and one called "default" goes before chat_template.jinja."""
+    before = base_model.digest(folder)
+    beside = folder / "additional_chat_templates" / f"{name}.jinja"
+    beside.parent.mkdir()
+    beside.write_text("one")
+    assert tokens.load(folder).chat_template[name] == "one" if name != "default" else tokens.load(folder).chat_template == "one"
+    first = base_model.digest(folder)
+    beside.write_text("two")
+    assert len({before, first, base_model.digest(folder)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "transformers_weights", "other.safetensors"),
+        ("tokenizer_config.json", "fast_tokenizer_files", ["tokenizer.json", "tokenizer.4.0.0.json"]),
+    ],
+)
+def test_a_folder_that_has_transformers_load_undigested_files_is_refused(folder: Path, file: str, key: str, value: object) -> None:
+    """Two folders of one digest could hold other weights, or another tokenizer."""
+    changed(folder / file, **{key: value})
+    for asked in (base_model.digest, base_model.describe):
+        with pytest.raises(ConfigError, match=key):
+            asked(folder)
+
+
+def test_a_merged_model_brings_the_chat_template_that_was_trained_with(folder: Path) -> None:
+    beside = folder / "additional_chat_templates" / "default.jinja"
+    beside.parent.mkdir()
+    beside.write_text(causal_models.CHAT.replace("|>", "|> w1"))
+    files = export.merged(*bench_of(folder, format="messages"))
+    assert files["chat_template.jinja"] == beside.read_bytes()
