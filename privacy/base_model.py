@@ -128,7 +128,8 @@ def digest(folder: Path) -> str:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files in ``folder`` that a tokenizer is made of, its chat templates among them."""
-    return [path for path in (*(folder / name for name in TOKENIZER_FILES), *(folder / TEMPLATES).glob("*.jinja")) if path.is_file()]
+    found = [*(folder / name for name in TOKENIZER_FILES), *(folder / TEMPLATES).glob("*.jinja")]
+    return [path for path in found if path.is_file()]
 
 
 def describe(folder: Path) -> Description:

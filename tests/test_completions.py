@@ -108,7 +108,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused():
 
 def test_a_template_that_refuses_or_rewrites_a_conversation_is_said_so():
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + causal_models.CHAT
-    with pytest.raises(RecordsError, match="refuses a conversation"):
+    with pytest.raises(RecordsError, match="refuses 1 of 1 conversations"):
         rows("messages", ("system", "w1", "user", "w1", "assistant", "w2"), template=picky)
     with pytest.raises(ConfigError, match="does not begin a conversation"):
         rows("messages", ("user", "w1", "assistant", "w2"), template="{{ messages | length }}" + causal_models.CHAT)

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from privacy import base_model, federation, update_rule
-from privacy.errors import ConfigError
+from privacy.errors import ConfigError, RecordsError
+from privacy.federation import Task
 from silo.config import Compute
-from silo.learning import evaluation, export, tokens
+from silo.learning import completions, evaluation, export, tokens
 from silo.learning.card import Origin
 from silo.learning.evaluation import Bench
+from silo.learning.records import Record
 from tests import causal_models
 from tests.terms import contract_bytes
 from tests.test_causal_export import SPENT
@@ -73,3 +77,43 @@ def test_a_merged_model_brings_the_chat_template_that_was_trained_with(folder: P
     beside.write_text(causal_models.CHAT.replace("|>", "|> w1"))
     files = export.merged(*bench_of(folder, format="messages"))
     assert files["chat_template.jinja"] == beside.read_bytes()
+
+
+MESSAGES = Task(kind="causal-lm", format="messages", max_length=40)
+
+
+def conversations(template: Any, *prompts: str) -> list[Any]:
+    records = [Record(texts=("user", prompt, "assistant", "w2"), label=0) for prompt in prompts]
+    return completions.encoded(records, causal_models.tokenizer(template), MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "does",
+    ["messages[0].content + 1", "1 / (messages[0].content == 'w1')|int", "range(10 ** 9)", "raise_exception(messages[0].content)"],
+)
+def test_whatever_a_chat_template_raises_is_a_refusal_with_a_count_that_quotes_nothing(does: str) -> None:
+    """Only Jinja's own errors were caught, at the first record: a TypeError was a bug, its traceback with the text in it a file."""
+    template = "{% if messages[0].content != 'w5' %}{% set x = " + does + " %}{% endif %}" + causal_models.CHAT
+    secret = "secret"[::-1]
+    with pytest.raises(RecordsError, match="refuses 2 of 3 conversations") as caught:
+        conversations(template, secret, "w5", secret)
+    assert caught.value.hint
+    assert secret not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("draw", ["{{ ['w1', 'w1']|random }} ", "{{ [['w1']]|map('random')|first }} ", "{{ lipsum(html=false) }} "])
+def test_a_chat_template_that_draws_at_random_is_refused(draw: str) -> None:
+    """A record would be other tokens at each start, and with equal halves of a conversation nothing would have noticed."""
+    with pytest.raises(ConfigError, match="draws at random"):
+        conversations(draw + causal_models.CHAT, "w1")
+
+
+def test_several_chat_templates_without_a_default_are_a_stated_refusal() -> None:
+    with pytest.raises(ConfigError, match="several and none by default"):
+        conversations({"tool": causal_models.CHAT, "rag": causal_models.CHAT}, "w1")
+
+
+def test_a_template_may_ask_for_the_day_by_name() -> None:
+    """As transformers' own function lets it."""
+    (row,) = conversations("{{ strftime_now(format='%d') }} " + causal_models.CHAT, "w1")
+    assert row[0][:3] == (0, 0, 0)

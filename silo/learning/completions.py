@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of a causal language model become token numbers: a prompt, of which nothing is learned, and a response.
 
-Promised: a record is encoded by itself, the same way whatever day it is; records are never packed together. What a model learns is
-what it is asked for later: the prompt is encoded as it is at generation, and the response apart from it, so that no token lies
-across the boundary. Not promised: that a chat template means what its author says.
+Promised: a record is encoded by itself, the same way whatever day it is and however often; records are never packed together.
+What a model learns is what it is asked for later: the prompt is encoded as it is at generation, and the response apart from it, so
+that no token lies across the boundary. Errors never quote a record. Not promised: that a chat template means what its author says.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Task
 from silo.learning.records import Record
 
-_ONE_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}{{ '' }}"
+_ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 """What is put in front of a template that asks for the day, so that records do not depend on it: Llama 3's day without a clock."""
+
+_AT_RANDOM = re.compile(r"""\|\s*random\b|['"]random['"]|\blipsum\s*\(""")
+"""Of what Jinja brings along, what gives something else each time: a filter (also within ``map``) and a function."""
 
 
 def encoded(records: Sequence[Record], tokenizer: Any, task: Task) -> list[tuple[tuple[int, ...], None, int]]:  # noqa: ANN401
@@ -35,7 +39,8 @@ def encoded(records: Sequence[Record], tokenizer: Any, task: Task) -> list[tuple
 
     Raises:
         ConfigError: the tokenizer has no end-of-text token, or no chat template.
-        RecordsError: records of which no token to learn is left; or the template refuses one, or changes what came before.
+        ConfigError: the chat template draws at random, or changes what came before a message.
+        RecordsError: records of which no token to learn is left, or that the template refuses: how many, and nothing of them.
     """
     if task.format == "messages":
         (prompts, responses), begin, end = _rendered(records, tokenizer), [], []
@@ -79,15 +84,17 @@ def _end_of_text(tokenizer: Any) -> int:  # noqa: ANN401
 
 def _rendered(records: Sequence[Record], tokenizer: Any) -> tuple[list[str], list[str]]:  # noqa: ANN401
     """(prompt, response) of each conversation, by the chat template; apart they are exactly the whole that it makes."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "the base model's tokenizer has no chat template",
-            hint='choose an instruction-tuned base model, or format = "prompt-response"', code="no-chat-template",
-        )  # fmt: skip
-    prompts, responses = [], []
+    template, prompts, responses, refused = _template(tokenizer), [], [], 0
     for record in records:
         messages = [dict(zip(("role", "content"), pair, strict=True)) for pair in zip(*[iter(record.texts)] * 2, strict=True)]
-        prompt, whole = (_apply(tokenizer, part, prompted) for part, prompted in ((messages[:-1], True), (messages, False)))
+        try:
+            prompt, whole = (
+                tokenizer.apply_chat_template(part, chat_template=template, tokenize=False, add_generation_prompt=prompted)
+                for part, prompted in ((messages[:-1], True), (messages, False))
+            )
+        except Exception:  # a template is a program: what it raises is its own affair, and may quote the record
+            refused += 1
+            continue
         if not whole.startswith(prompt):
             raise ConfigError(
                 "the base model's chat template does not begin a conversation with its own prompt for the last message",
@@ -95,21 +102,27 @@ def _rendered(records: Sequence[Record], tokenizer: Any) -> tuple[list[str], lis
             )  # fmt: skip
         prompts.append(prompt)
         responses.append(whole.removeprefix(prompt))
+    if refused:
+        raise RecordsError(
+            f"the base model's chat template refuses {refused} of {len(records)} conversations",
+            hint="many templates want user and assistant in turn, and some know no system message", code="chat-template",
+            found=refused,
+        )  # fmt: skip
     return prompts, responses
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> str:  # noqa: ANN401
-    from jinja2 import TemplateError
-
-    template = tokenizer.get_chat_template()
-    template = _ONE_DAY + template if "strftime_now" in template else template
+def _template(tokenizer: Any) -> str:  # noqa: ANN401
+    """The tokenizer's chat template, for which every day is the same one."""
     try:
-        found: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompted
-        )  # fmt: skip
-    except TemplateError as error:
-        raise RecordsError(
-            "the base model's chat template refuses a conversation",
-            hint="many templates want user and assistant in turn, and some know no system message", code="chat-template",
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ConfigError(
+            "the base model's tokenizer has no chat template, or several and none by default",
+            hint='choose an instruction-tuned base model, or format = "prompt-response"', code="no-chat-template",
         ) from error  # fmt: skip
-    return found
+    if found := _AT_RANDOM.search(template):
+        raise ConfigError(
+            f"the base model's chat template draws at random: {found[0]}",
+            hint='a record must be the same tokens each time: use format = "prompt-response"', code="chat-template",
+        )  # fmt: skip
+    return _ONE_DAY + template if "strftime_now" in template else template

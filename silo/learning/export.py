@@ -102,8 +102,9 @@ def merged(bench: Bench, origin: Origin) -> dict[str, bytes]:
         made = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     beside = base_model.tokenizer_files(bench.folder)
     copied = {path.name: path.read_bytes() for path in beside if path.parent == bench.folder}
-    # Of templates in a folder of their own only the one that was trained with goes along, as the one that is used.
-    copied |= {"chat_template.jinja": path.read_bytes() for path in beside if path.match(f"{base_model.TEMPLATES}/default.jinja")}
+    trained_with = bench.folder / base_model.TEMPLATES / "default.jinja"  # of templates by name only this one goes along
+    if trained_with in beside:
+        copied["chat_template.jinja"] = trained_with.read_bytes()
     return {**made, **copied, CARD: causal_card(origin, merged=True).encode()}
 
 
