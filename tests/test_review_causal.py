@@ -14,10 +14,10 @@ from privacy import base_model, federation, update_rule
 from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Task
 from silo.config import Compute
-from silo.learning import completions, evaluation, export, tokens
+from silo.learning import causal, completions, evaluation, export, tokens, training
 from silo.learning.card import Origin
 from silo.learning.evaluation import Bench
-from silo.learning.records import Record
+from silo.learning.records import Record, Unit
 from tests import causal_models
 from tests.terms import contract_bytes
 from tests.test_causal_export import SPENT
@@ -117,3 +117,26 @@ def test_a_template_may_ask_for_the_day_by_name() -> None:
     """As transformers' own function lets it."""
     (row,) = conversations("{{ strftime_now(format='%d') }} " + causal_models.CHAT, "w1")
     assert row[0][:3] == (0, 0, 0)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_before_anything_is_charged(tmp_path: Path) -> None:
+    """It ended a round with an IndexError, after the charge, whenever its unit was sampled: others saw when that was."""
+    causal_models.base().save_pretrained(tmp_path)
+    larger = causal_models.tokenizer()
+    larger.add_tokens(["more"])
+    larger.save_pretrained(tmp_path)
+    units = [Unit(id=text, records=(Record(texts=("w1", text), label=0),)) for text in ("w2", "more", "w3 more")]
+    task = Task(kind="causal-lm", format="prompt-response", max_length=8)
+    assert len(tokens.encode(units[:1], tmp_path, task)) == 1
+    with pytest.raises(RecordsError, match="2 of 3 records hold tokens beyond the base model's vocabulary of 60"):
+        tokens.encode(units, tmp_path, task)
+    with pytest.raises(RecordsError, match="1 of 1 records"):
+        tokens.encode([Unit(id="x", records=(Record(texts=("more",), label=0),))], tmp_path, Task(labels=("no", "yes"), max_length=8))
+
+
+def test_a_length_beyond_the_models_positions_is_a_stated_refusal(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 60, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    terms = causal_models.terms(task={"max_length": 32}, adapter={"modules": ["h.0.attn.c_proj"]})
+    model = causal.assemble(causal_models.base("gpt2", sizes), terms)
+    with pytest.raises(ConfigError, match="cannot take 32 tokens"):
+        training.Contribution(terms, model, [], rows_tokens=64)

@@ -14,6 +14,7 @@ from typing import Any
 
 from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Task
+from privacy.weights import read_json
 from silo.learning import completions
 from silo.learning.records import Record, Unit
 
@@ -34,14 +35,29 @@ def encode(units: Sequence[Unit], tokenizer_folder: Path, task: Task) -> list[En
 
     Raises:
         ConfigError: the folder holds no fast tokenizer; or as ``completions.encoded``.
-        RecordsError: a record has no token at all; or as there.
+        RecordsError: a record has no token at all, or one that the model in that folder does not know; or as there.
     """
     if not units:
         return []
     records, tokenizer = [record for unit in units for record in unit.records], load(tokenizer_folder)
     encoded = completions.encoded if task.is_causal else _texts
-    rows = iter(encoded(records, tokenizer, task))
+    made = encoded(records, tokenizer, task)
+    _check_known(made, tokenizer_folder)
+    rows = iter(made)
     return [EncodedUnit(id=unit.id, rows=tuple(next(rows) for _ in unit.records)) for unit in units]
+
+
+def _check_known(rows: Sequence[Row], folder: Path) -> None:
+    """Raises RecordsError for tokens beyond the model's vocabulary, as a tokenizer has them to which words were added."""
+    path = folder / "config.json"
+    known = read_json(path).get("vocab_size") if path.is_file() else None
+    beyond = sum(max(ids) >= known for ids, _, _ in rows) if isinstance(known, int) else 0
+    if beyond:
+        raise RecordsError(
+            f"{beyond} of {len(rows)} records hold tokens beyond the base model's vocabulary of {known}",
+            hint="the folder's tokenizer has words that the model has not: drop such records, or choose another base model",
+            code="unknown-tokens", found=beyond,
+        )  # fmt: skip
 
 
 def _texts(records: Sequence[Record], tokenizer: Any, task: Task) -> list[Row]:  # noqa: ANN401

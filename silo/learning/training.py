@@ -77,6 +77,7 @@ class Contribution:
         - *Empty sample*: zeros, by the same path.
 
     Raises:
+        ConfigError: the model has fewer positions than a record may have tokens.
         PrivacyRefusal: batch-mates or earlier batches change a unit's gradient.
         MachineError: the model does not respond to its own R.
     """
@@ -102,7 +103,12 @@ class Contribution:
         if model.frozen is not None:
             model.frozen.drop()  # what was kept for another layout would stand in for what is tested here
         check_responds(model, longest)
-        self._together = check_invariance(model, self._rows_for, max_length=longest, most=most)
+        try:
+            self._together = check_invariance(model, self._rows_for, max_length=longest, most=most)
+        except IndexError as error:  # learned positions end where they end
+            raise ConfigError(
+                f"the base model cannot take {longest} tokens", hint="agree on a smaller max_length", code="too-long"
+            ) from error
         if not self._together:
             self._rows_for = rows_for(1, most)
         if model.frozen is not None and prefix_bytes and (self._together or most == 1):  # else equal records differ by their slot
