@@ -71,7 +71,7 @@ def test_the_likeliest_choice_is_the_one_with_the_largest_log_likelihood(bench):
 def test_what_is_written_is_the_likeliest_token_each_time_and_matches_itself(bench, tmp_path):
     prompt = numbers("<s> w1 w2")
     end = causal_models.WORDS.index("</s>")
-    written = answers.written_after(bench.causal, prompt, most=4, end=end)
+    written = answers.written_after(bench.causal, prompt, most=4, ends={end})
     so_far = list(prompt)
     for token in written:
         with torch.no_grad():
@@ -85,8 +85,8 @@ def test_what_is_written_is_the_likeliest_token_each_time_and_matches_itself(ben
 
 def test_writing_stops_at_the_end_of_text(bench):
     prompt = numbers("<s> w1 w2")
-    first, *_ = answers.written_after(bench.causal, prompt, most=1, end=None)
-    assert answers.written_after(bench.causal, prompt, most=3, end=first) == []
+    first, *_ = answers.written_after(bench.causal, prompt, most=1, ends=())
+    assert answers.written_after(bench.causal, prompt, most=3, ends={first}) == []
 
 
 def test_answers_need_prompts_and_the_right_kind_of_task(folder, tiny_bert, tmp_path):

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from privacy import base_model, federation, update_rule
 from privacy.errors import ConfigError, RecordsError
 from privacy.federation import Task
 from silo.config import Compute
-from silo.learning import causal, completions, evaluation, export, tokens, training
+from silo.learning import answers, causal, completions, evaluation, export, tokens, training
+from silo.learning.answers import Question
 from silo.learning.card import Origin
 from silo.learning.evaluation import Bench
+from silo.learning.gradients import PhysicalBatch
 from silo.learning.records import Record, Unit
-from tests import causal_models
+from tests import causal_models, sessions
 from tests.terms import contract_bytes
 from tests.test_causal_export import SPENT
 
@@ -130,8 +133,9 @@ def test_a_token_that_the_model_does_not_know_is_refused_before_anything_is_char
     assert len(tokens.encode(units[:1], tmp_path, task)) == 1
     with pytest.raises(RecordsError, match="2 of 3 records hold tokens beyond the base model's vocabulary of 60"):
         tokens.encode(units, tmp_path, task)
+    text = Unit(id="x", records=(Record(texts=("more",), label=0),))
     with pytest.raises(RecordsError, match="1 of 1 records"):
-        tokens.encode([Unit(id="x", records=(Record(texts=("more",), label=0),))], tmp_path, Task(labels=("no", "yes"), max_length=8))
+        tokens.encode([text], tmp_path, Task(labels=("no", "yes"), max_length=8))
 
 
 def test_a_length_beyond_the_models_positions_is_a_stated_refusal(tmp_path: Path) -> None:
@@ -140,3 +144,40 @@ def test_a_length_beyond_the_models_positions_is_a_stated_refusal(tmp_path: Path
     model = causal.assemble(causal_models.base("gpt2", sizes), terms)
     with pytest.raises(ConfigError, match="cannot take 32 tokens"):
         training.Contribution(terms, model, [], rows_tokens=64)
+
+
+class Scripted:
+    """A model that writes the same tokens after any prompt, whatever they are, and then w9 for ever."""
+
+    def __init__(self, prompt: int, written: list[int]) -> None:
+        self.device, self._prompt, self._written = torch.device("cpu"), prompt, written
+
+    def hidden(self, batch: PhysicalBatch) -> torch.Tensor:
+        """The number of the next token, as a vector of one number."""
+        done = batch.input_ids.shape[1] - self._prompt
+        token = self._written[done] if done < len(self._written) else causal_models.WORDS.index("w9")
+        return torch.full((1, batch.input_ids.shape[1], 1), float(token))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All on that token."""
+        return torch.nn.functional.one_hot(hidden[..., 0].long(), 60).float()
+
+
+def test_writing_ends_where_the_chat_template_ends_a_message(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates end a message with a token of their own more often than with EOS (Gemma, Phi, Llama 3): no answer ever matched."""
+    bench, _ = bench_of(folder, format="messages")
+    words = [causal_models.WORDS.index(word) for word in ("w3", "w4", "<|end|>", "<|user|>")]
+    monkeypatch.setattr(answers, "_at", lambda bench, state: Scripted(5, words))
+    talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
+    short = [*talk[:1], {"role": "assistant", "content": "w3"}]
+    path = sessions.write_rows(tmp_path / "talks.jsonl", [{"messages": talk}, {"messages": short}])
+    assert answers.exact_matches(bench, None, path, 16) == 0.5
+
+
+def test_a_choice_that_does_not_fit_is_refused_and_not_judged_by_its_beginning(folder: Path) -> None:
+    """Cut, it has fewer tokens to be unlikely in, and the longest choice wins."""
+    bench, _ = bench_of(folder, max_length=8)
+    fits = Question(prompt="w1 w2", choices=("w3", "w3 w4 w5 w6"), answer=0)
+    assert answers.choose(bench, None, [fits])[0] in (0.0, 1.0)
+    with pytest.raises(RecordsError, match="1 of 4 choices do not fit within 8 tokens"):
+        answers.choose(bench, None, [fits, Question(prompt="w1 w2", choices=("w3", "w3 w4 w5 w6 w7"), answer=0)])

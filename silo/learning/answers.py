@@ -7,15 +7,17 @@ ledger here charges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from privacy import update_rule
-from privacy.errors import ConfigError
+from privacy.errors import ConfigError, RecordsError
 from privacy.rows import Row, read_rows, refuse
 from privacy.update_rule import State
 from silo.learning import completions, records, tokens
@@ -53,11 +55,17 @@ def choose(bench: Bench, state: State | None, questions: Sequence[Question]) -> 
 
     Raises:
         ConfigError: the contract's records have no prompt, or its task is another.
-        RecordsError: as ``completions.encoded``.
+        RecordsError: as ``completions.encoded``; or a choice does not fit whole: cut, it has less to be unlikely in.
     """
     model, longest = _at(bench, state), bench.terms.task.max_length
     asked = [_record(bench, question.prompt, choice) for question in questions for choice in question.choices]
-    rows = completions.encoded(asked, tokens.load(bench.folder), bench.terms.task)
+    uncut = msgspec.structs.replace(bench.terms.task, max_length=sys.maxsize)
+    rows = completions.encoded(asked, tokens.load(bench.folder), uncut)
+    if beyond := sum(len(ids) > longest for ids, _, _ in rows):
+        raise RecordsError(
+            f"{beyond} of {len(rows)} choices do not fit within {longest} tokens, with their prompts",
+            hint="shorten or drop such questions", code="prompt-too-long", found=beyond,
+        )  # fmt: skip
     losses = []
     for row in rows:
         batch = as_batch([EncodedUnit(id="", rows=(row,))], bucket(len(row[0]), longest), 1)
@@ -76,30 +84,31 @@ def choose(bench: Bench, state: State | None, questions: Sequence[Question]) -> 
 def exact_matches(bench: Bench, state: State | None, path: Path, most: int) -> float:
     """The share of the records in ``path`` whose response is what the model writes after the prompt, up to white space at the ends.
 
-    It writes greedily, one record at a time: the likeliest token each time, until the end of text, or ``most`` tokens, or
-    the contract's length is reached.
+    It writes greedily, one record at a time: the likeliest token each time, until the end of text, what ends a message in the
+    chat template, or ``most`` tokens, or the contract's length is reached.
 
     Raises:
         ConfigError, RecordsError: as ``choose``, and as ``silo.learning.records.load``.
     """
     model, tokenizer, longest = _at(bench, state), tokens.load(bench.folder), bench.terms.task.max_length
     asked = [record for unit in bench.records(path) for record in unit.records]
+    ends = completions.ends(tokenizer, bench.terms.task)
     right = 0
     for record, (ids, _, prompt) in zip(asked, completions.encoded(asked, tokenizer, bench.terms.task), strict=True):
-        written = written_after(model, ids[:prompt], most=min(most, longest - prompt), end=tokenizer.eos_token_id)
+        written = written_after(model, ids[:prompt], most=min(most, longest - prompt), ends=ends)
         right += tokenizer.decode(written, skip_special_tokens=True).strip() == _plain(tokenizer, record.texts[-1])
     return right / len(asked)
 
 
-def written_after(model: CausalModel, prompt: Sequence[int], *, most: int, end: int | None) -> list[int]:
-    """At most ``most`` token numbers after ``prompt``, each the likeliest, up to and without ``end``; the first of equal ones."""
+def written_after(model: CausalModel, prompt: Sequence[int], *, most: int, ends: Collection[int]) -> list[int]:
+    """At most ``most`` tokens after ``prompt``, each the likeliest, up to and without one of ``ends``; of equals the first."""
     found: list[int] = []
     while len(found) < most:
         so_far = EncodedUnit(id="", rows=(((*prompt, *found), None, 0),))
         batch = as_batch([so_far], len(prompt) + len(found), 1).to(model.device)
         with torch.no_grad():
             likeliest = int(model.logits(model.hidden(batch)[:, -1]).argmax())
-        if likeliest == end:
+        if likeliest in ends:
             break
         found.append(likeliest)
     return found

@@ -60,6 +60,15 @@ def encoded(records: Sequence[Record], tokenizer: Any, task: Task) -> list[tuple
     return rows
 
 
+def ends(tokenizer: Any, task: Task) -> frozenset[int]:  # noqa: ANN401
+    """The tokens that end a response: EOS, and of a conversation the first that the chat template writes after a message's text."""
+    found = {tokenizer.eos_token_id} - {None}
+    if task.format == "messages":
+        _, (response,) = _rendered([Record(texts=("user", "a", "assistant", "1847"), label=0)], tokenizer)
+        found |= set(_ids(tokenizer, [response.partition("1847")[2].strip()])[0][:1])
+    return frozenset(found)
+
+
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:  # noqa: ANN401
     """The token numbers of each text, without special tokens of the tokenizer's own."""
     whole = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False)
