@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from privacy import base_model, federation, update_rule
-from privacy.errors import ConfigError, RecordsError
+from privacy.errors import ConfigError, MachineError, RecordsError
 from privacy.federation import Task
 from silo.config import Compute
 from silo.learning import answers, causal, completions, evaluation, export, tokens, training
@@ -181,3 +182,16 @@ def test_a_choice_that_does_not_fit_is_refused_and_not_judged_by_its_beginning(f
     assert answers.choose(bench, None, [fits])[0] in (0.0, 1.0)
     with pytest.raises(RecordsError, match="1 of 4 choices do not fit within 8 tokens"):
         answers.choose(bench, None, [fits, Question(prompt="w1 w2", choices=("w3", "w3 w4 w5 w6 w7"), answer=0)])
+
+
+def test_a_full_disk_while_merging_is_said_as_what_it_is(folder: Path) -> None:
+    """The weights' writer raises an error of its own, which was taken for a bug."""
+    bench, origin = bench_of(folder)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(MachineError, match="cannot write the merged model") as caught:
+            export.merged(bench, origin)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "TMPDIR" in caught.value.hint

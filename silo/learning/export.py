@@ -29,12 +29,13 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from privacy import base_model
-from privacy.errors import ConfigError
+from privacy.errors import ConfigError, MachineError
 from privacy.federation import Contract
 from privacy.weights import mapped
 from silo.learning.adapted import Adapted
@@ -90,6 +91,7 @@ def merged(bench: Bench, origin: Origin) -> dict[str, bytes]:
 
     Raises:
         ConfigError: the task is another.
+        MachineError: the folder for temporary files has no room for it.
     """
     model = bench.causal
     model.write(origin.state.theta)
@@ -97,15 +99,26 @@ def merged(bench: Bench, origin: Origin) -> dict[str, bytes]:
     with torch.no_grad():
         for name, layer in zip(model.adapter.names, model.adapter, strict=True):
             find_linear(whole.base_model, name).weight.copy_(layer.merged_weight())
-    with tempfile.TemporaryDirectory() as folder:
-        whole.save_pretrained(folder)
-        made = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    made = _saved(whole)
     beside = base_model.tokenizer_files(bench.folder)
     copied = {path.name: path.read_bytes() for path in beside if path.parent == bench.folder}
     trained_with = bench.folder / base_model.TEMPLATES / "default.jinja"  # of templates by name only this one goes along
     if trained_with in beside:
         copied["chat_template.jinja"] = trained_with.read_bytes()
     return {**made, **copied, CARD: causal_card(origin, merged=True).encode()}
+
+
+def _saved(whole: PreTrainedModel) -> dict[str, bytes]:
+    """The files that transformers makes of a model. Raises MachineError where there is no room for them."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            whole.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    except (OSError, SafetensorError) as error:
+        raise MachineError(
+            f"cannot write the merged model to a temporary folder: {error}",
+            hint="name a folder with room for it in TMPDIR, and run the same command again", code="cannot-write",
+        ) from error  # fmt: skip
 
 
 def find_host(model: Classifier, terms: Contract) -> Host:
