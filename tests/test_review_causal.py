@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
+from cli.options import check_kind
 from privacy import base_model, federation, update_rule
 from privacy.errors import ConfigError, MachineError, RecordsError
 from privacy.federation import Task
@@ -195,3 +197,13 @@ def test_a_full_disk_while_merging_is_said_as_what_it_is(folder: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "TMPDIR" in caught.value.hint
+
+
+@pytest.mark.parametrize(("basis", "model"), [("private", "m"), ("public", "m"), ("raw", "m"), ("weights", base_model.MINILM)])
+def test_init_refuses_what_no_silo_could_sign_or_join(basis: str, model: str) -> None:
+    """The draft was written, and refused only at `aggregator sign`; MiniLM, the default, only where each silo joins."""
+    options = {"labels": "", "form": "text", "of_texts": False}
+    with pytest.raises(typer.BadParameter, match="basis" if model == "m" else "--model"):
+        check_kind("causal-lm", basis=basis, model=model, **options)
+    check_kind("causal-lm", basis="random", model="m", **options)
+    check_kind("text-classification", labels="a,b", form="", of_texts=True, basis="private", model=base_model.MINILM)
