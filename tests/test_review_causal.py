@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import typer
+from tokenizers import processors
 
 from cli.options import check_kind
 from privacy import base_model, federation, update_rule
 from privacy.errors import ConfigError, MachineError, RecordsError
 from privacy.federation import Task
 from silo.config import Compute
-from silo.learning import answers, causal, completions, evaluation, export, tokens, training
+from silo.learning import answers, card, causal, completions, evaluation, export, tokens, training
 from silo.learning.answers import Question
 from silo.learning.card import Origin
 from silo.learning.evaluation import Bench
@@ -207,3 +208,39 @@ def test_init_refuses_what_no_silo_could_sign_or_join(basis: str, model: str) ->
         check_kind("causal-lm", basis=basis, model=model, **options)
     check_kind("causal-lm", basis="random", model="m", **options)
     check_kind("text-classification", labels="a,b", form="", of_texts=True, basis="private", model=base_model.MINILM)
+
+
+def test_what_the_template_writes_before_an_answer_belongs_to_what_is_learned_and_compared(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen 3 begins an answer with an empty thought, after the generation prompt: a model that learned it never matched."""
+    content, thinks = "message['content']", "('w7 ' if loop.last and message['role'] == 'assistant' else '')"
+    thought = causal_models.CHAT.replace(content, f"{thinks} + {content}")
+    (folder / "chat_template.jinja").write_text(thought)
+    bench, _ = bench_of(folder, format="messages")
+    words = [causal_models.WORDS.index(word) for word in ("w7", "w3", "<|end|>")]
+    monkeypatch.setattr(answers, "_at", lambda bench, state: Scripted(5, words))
+    talks = [[{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": answer}] for answer in ("w3", "w4")]
+    path = sessions.write_rows(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    assert answers.exact_matches(bench, None, path, 16) == 0.5
+
+
+def test_the_cards_code_ends_no_prompt_with_end_of_text(tmp_path: Path) -> None:
+    """Some tokenizers put EOS after every text; a prompt that ends was never trained on, and nothing follows it."""
+    causal_models.base().save_pretrained(tmp_path)
+    ending = causal_models.tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    ending.save_pretrained(tmp_path)
+    trained = tokens.encode([Unit(id="x", records=(Record(texts=("w1 w2", "w3"), label=0),))], tmp_path, causal_models.terms().task)
+    ((ids, _, prompt),) = trained[0].rows
+    _, origin = bench_of(tmp_path)
+    code = card.causal_snippet(origin, merged=True).replace('base = "."', f"base = {str(tmp_path)!r}")
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), names)
+    given: list[Any] = []
+    names["model"].generate = lambda **inputs: (given.append(inputs), inputs["input_ids"])[1]
+    names["complete"]("w1 w2")
+    assert given[0]["input_ids"].tolist() == [list(ids[:prompt])]
+    assert given[0]["attention_mask"].shape == given[0]["input_ids"].shape

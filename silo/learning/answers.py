@@ -7,17 +7,18 @@ ledger here charges.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from privacy import update_rule
 from privacy.errors import ConfigError, RecordsError
+from privacy.federation import Task
 from privacy.rows import Row, read_rows, refuse
 from privacy.update_rule import State
 from silo.learning import completions, records, tokens
@@ -59,8 +60,7 @@ def choose(bench: Bench, state: State | None, questions: Sequence[Question]) -> 
     """
     model, longest = _at(bench, state), bench.terms.task.max_length
     asked = [_record(bench, question.prompt, choice) for question in questions for choice in question.choices]
-    uncut = msgspec.structs.replace(bench.terms.task, max_length=sys.maxsize)
-    rows = completions.encoded(asked, tokens.load(bench.folder), uncut)
+    rows = completions.encoded(asked, tokens.load(bench.folder), _uncut(bench.terms.task))
     if beyond := sum(len(ids) > longest for ids, _, _ in rows):
         raise RecordsError(
             f"{beyond} of {len(rows)} choices do not fit within {longest} tokens, with their prompts",
@@ -85,19 +85,27 @@ def exact_matches(bench: Bench, state: State | None, path: Path, most: int) -> f
     """The share of the records in ``path`` whose response is what the model writes after the prompt, up to white space at the ends.
 
     It writes greedily, one record at a time: the likeliest token each time, until the end of text, what ends a message in the
-    chat template, or ``most`` tokens, or the contract's length is reached.
+    chat template, or ``most`` tokens, or the contract's length is reached. A response is the whole of what is learned, with what a
+    template writes before it, as it comes out of the tokenizer: its spaces and unknown words are no mistakes of the model.
 
     Raises:
         ConfigError, RecordsError: as ``choose``, and as ``silo.learning.records.load``.
     """
-    model, tokenizer, longest = _at(bench, state), tokens.load(bench.folder), bench.terms.task.max_length
+    model, tokenizer, task = _at(bench, state), tokens.load(bench.folder), bench.terms.task
     asked = [record for unit in bench.records(path) for record in unit.records]
-    ends = completions.ends(tokenizer, bench.terms.task)
-    right = 0
-    for record, (ids, _, prompt) in zip(asked, completions.encoded(asked, tokenizer, bench.terms.task), strict=True):
-        written = written_after(model, ids[:prompt], most=min(most, longest - prompt), ends=ends)
-        right += tokenizer.decode(written, skip_special_tokens=True).strip() == _plain(tokenizer, record.texts[-1])
+    ends, right = completions.ends(tokenizer, task), 0
+    fitting = completions.encoded(asked, tokenizer, task)  # refuses a prompt that leaves no room
+    for (ids, _, prompt), (whole, *_) in zip(fitting, completions.encoded(asked, tokenizer, _uncut(task)), strict=True):
+        written = written_after(model, ids[:prompt], most=min(most, task.max_length - prompt), ends=ends)
+        wanted = list(itertools.takewhile(lambda token: token not in ends, whole[prompt:]))
+        found, right_one = (tokenizer.decode(each, skip_special_tokens=True).strip() for each in (written, wanted))
+        right += found == right_one
     return right / len(asked)
+
+
+def _uncut(task: Task) -> Task:
+    """The same task, with room for records of any length."""
+    return msgspec.structs.replace(task, max_length=sys.maxsize)
 
 
 def written_after(model: CausalModel, prompt: Sequence[int], *, most: int, ends: Collection[int]) -> list[int]:
@@ -131,13 +139,6 @@ def _record(bench: Bench, prompt: str, choice: str) -> Record:
     if bench.terms.task.format == "messages":
         return Record(texts=("user", prompt, "assistant", choice), label=0)
     return Record(texts=(prompt, choice), label=0)
-
-
-def _plain(tokenizer: Any, text: str) -> str:  # noqa: ANN401
-    """``text`` as it comes out of the tokenizer, so that its spaces and unknown words are no mistakes of the model."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    found: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return found.strip()
 
 
 def _question(path: Path, line: int, row: Row) -> Question:

@@ -208,7 +208,10 @@ _LEARNED = {
     "messages": "the last message was learned, not those before it",
 }
 
-_PROMPT = 'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)'
+_PROMPT = """\
+ids = tokenizer(prompt)["input_ids"]
+    ids = torch.tensor([ids[: len(ids) - (ids[-1] == tokenizer.eos_token_id)]])  # some tokenizers end every text
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}"""
 
 _CHAT = """\
 messages = [{"role": "user", "content": prompt}]
