@@ -109,7 +109,7 @@ def init(
     from cli.output import Output
 
     refuse_figures(context, without_privacy)
-    check_kind(kind, labels=labels, form=form, of_texts=text_pair or pooling != "mean", basis=basis, model=model)
+    check_kind(kind, labels=labels, form=form, of_texts=text_pair or pooling != "mean", model=model)
     table, modules, lora_width = commands.describe_model(model, words(targets), pooling=pooling, last_layers=last_layers or None)
     terms = Terms(
         name=name, expires=commands.in_a_year(), kind=kind, labels=words(labels), format=form, model=table, modules=modules,

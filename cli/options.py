@@ -65,8 +65,8 @@ def refuse_figures(context: typer.Context, without_privacy: bool) -> None:
             raise typer.BadParameter(f"--{name} and --without-privacy contradict each other: without noise there is no {name}")
 
 
-def check_kind(kind: str, *, labels: str, form: str, of_texts: bool, basis: str = "weights", model: str = "") -> None:
-    """Return if there is such a kind of task, with labels or a format, a basis and a model as it needs them.
+def check_kind(kind: str, *, labels: str, form: str, of_texts: bool, model: str = "") -> None:
+    """Return if there is such a kind of task, with labels or a format, and a model, as it needs them.
 
     ``of_texts``: whether something was asked for that only a classification has, a second text or a pooling.
     """
@@ -78,8 +78,6 @@ def check_kind(kind: str, *, labels: str, form: str, of_texts: bool, basis: str 
         raise typer.BadParameter(f"--kind {kind} needs {own}, and has no {other}")
     if of_texts and kind == "causal-lm":
         raise typer.BadParameter("--text-pair and --pooling are for --kind text-classification")
-    if basis not in ("weights", "random") and kind == "causal-lm":
-        raise typer.BadParameter(f"--basis {basis} is for --kind text-classification: its gradients are taken under a head")
     if model == "minilm" and kind == "causal-lm":
         raise typer.BadParameter("--kind causal-lm needs --model: minilm is an encoder, whose tokens see later ones")
 

@@ -200,14 +200,13 @@ def test_a_full_disk_while_merging_is_said_as_what_it_is(folder: Path) -> None:
     assert "TMPDIR" in caught.value.hint
 
 
-@pytest.mark.parametrize(("basis", "model"), [("private", "m"), ("public", "m"), ("raw", "m"), ("weights", base_model.MINILM)])
-def test_init_refuses_what_no_silo_could_sign_or_join(basis: str, model: str) -> None:
-    """The draft was written, and refused only at `aggregator sign`; MiniLM, the default, only where each silo joins."""
+def test_init_refuses_the_built_in_encoder() -> None:
+    """The default model: the draft could be signed, and was refused only where each silo joins."""
     options = {"labels": "", "form": "text", "of_texts": False}
-    with pytest.raises(typer.BadParameter, match="basis" if model == "m" else "--model"):
-        check_kind("causal-lm", basis=basis, model=model, **options)
-    check_kind("causal-lm", basis="random", model="m", **options)
-    check_kind("text-classification", labels="a,b", form="", of_texts=True, basis="private", model=base_model.MINILM)
+    with pytest.raises(typer.BadParameter, match="--model"):
+        check_kind("causal-lm", model=base_model.MINILM, **options)
+    check_kind("causal-lm", model="m", **options)
+    check_kind("text-classification", labels="a,b", form="", of_texts=True, model=base_model.MINILM)
 
 
 def test_what_the_template_writes_before_an_answer_belongs_to_what_is_learned_and_compared(
