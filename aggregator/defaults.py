@@ -21,6 +21,9 @@ BASIS_NOISE_MULTIPLIER: Final = 10.0
 BASIS_GRAD_NORM: Final = 1.0
 BASIS_ATTEMPTS: Final = 2
 SCALE: Final = 4.0
+"""Of the basis of the weights."""
+SCALES: Final = {"weights": SCALE, "random": 1.0, "public": 0.5, "private": 0.5, "raw": 0.5}
+"""By basis: the more of the gradient a basis holds, the less scale leaves the head its share of the clip (docs/benchmarks.md)."""
 LEARNING_RATE: Final = 0.04
 MAX_GRAD_NORM: Final = 1.0
 GENEROUS_GRAD_NORM: Final = 10.0

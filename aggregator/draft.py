@@ -45,7 +45,7 @@ class Terms:
     heads: int = 1
     shapes: Sequence[tuple[int, int]] = ()
     public_data: str = ""
-    scale: float = defaults.SCALE
+    scale: float | None = None
     head_scale: float = 1.0
     mode: str = "joint"
     steps_per_round: int = 1
@@ -163,7 +163,7 @@ modules = {_list(terms.modules)}
 # without any; see [basis].
 basis = {quote(terms.basis)}
 # The adapter's scale: W + scale * B R A. Gradients are clipped together, so a larger scale gives R a larger share of the clip.
-scale = {terms.scale!r}
+scale = {defaults.SCALES.get(terms.basis, defaults.SCALE) if terms.scale is None else terms.scale!r}
 {"" if causal else head_scale}"""
 
 

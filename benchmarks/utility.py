@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 import torch
 
+from aggregator import defaults
 from aggregator.simulation.simulate import Result, Settings, simulate
 from benchmarks import machine
 from privacy import federation, update_rule
@@ -215,7 +216,8 @@ def _cell(value: float | None, form: str) -> str:
 
 def _terms_in_words(tasks: Sequence[str]) -> str:
     usual = Settings(home=Path())
-    adapter = f"rank {usual.rank} on {', '.join(usual.targets)} of the last {usual.last_layers} layers, scale {usual.scale:g}"
+    scale = usual.scale or defaults.SCALES[usual.basis]
+    adapter = f"rank {usual.rank} on {', '.join(usual.targets)} of the last {usual.last_layers} layers, scale {scale:g}"
     plans = "; ".join(f"{task}: {json.dumps(TASKS.get(task))}" for task in tasks)
     return f"three silos; {adapter}; clip {usual.max_grad_norm:g}, Adam at {usual.learning_rate:g}; {plans}\n"
 

@@ -28,6 +28,9 @@ Heads = Annotated[int, typer.Option(min=1, max=64, help="h: each adapted module 
 Basis = Annotated[
     str, typer.Option(help="where A and B come from: weights, random, public (data), private (a noised round) or raw (no noise)")
 ]
+Scale = Annotated[
+    float | None, typer.Option(help="s in W + s·B·R·A: a larger one moves R faster; by default as the basis wants it")
+]
 PublicData = Annotated[str, typer.Option(help="with --basis public: what the public data set is called, in words")]
 SamplingRate = Annotated[float, typer.Option(help="q: how likely a unit is in a step")]
 Folder = Annotated[Path | None, typer.Option(help="exchange documents in this folder instead of where silo.toml says")]

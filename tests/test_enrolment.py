@@ -87,6 +87,17 @@ def test_init_with_a_value_that_cannot_stand_makes_nothing(tmp_path, change):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(("basis", "scale", "stated"), [("weights", None, 4.0), ("random", None, 1.0), ("random", 3.0, 3.0)])
+def test_a_draft_has_the_scale_that_its_basis_wants_unless_another_is_given(tmp_path, basis, scale, stated):
+    home, _, _ = made(tmp_path, with_terms(basis=basis, scale=scale), silos=1)
+    assert tomllib.loads(home.draft_path.read_text())["adapter"]["scale"] == stated
+
+
+def test_a_scale_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="scale"):
+        made(tmp_path, with_terms(scale=0.0), silos=1)
+
+
 CAUSAL = {"kind": "causal-lm", "labels": (), "format": "text"}
 
 

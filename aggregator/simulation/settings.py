@@ -47,7 +47,7 @@ class Settings:
     delta: float | None = None
     sampling_rate: float = defaults.SAMPLING_RATE
     rank: int = defaults.RANK
-    scale: float = defaults.SCALE
+    scale: float | None = None
     learning_rate: float = defaults.LEARNING_RATE
     max_grad_norm: float = defaults.MAX_GRAD_NORM
     max_length: int = 48
