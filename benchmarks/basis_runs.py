@@ -273,10 +273,10 @@ def kept(run: Run, layout: sketch.Layout, cache: Path, compute: Callable[[], NDA
 
 
 def borrowed(run: Run, here: Dealt) -> list[EncodedUnit]:
-    """Records of the task ``run.public``, their labels matched to this task's by place; those beyond are left out."""
+    """Records of the task ``run.public``, their labels matched to this task's by place; what is beyond or too long is left out."""
     other = dealt(replace(run, task=run.public, basis="weights", records=run.records))
-    most = len(here.terms.task.labels)
-    return [unit for unit in other.train if all(label < most for _, _, label in unit.rows)]
+    most, longest = len(here.terms.task.labels), here.terms.task.max_length
+    return [unit for unit in other.train if all(label < most and len(ids) <= longest for ids, _, label in unit.rows)]
 
 
 def shares_of_noise(dimension: int, variance: int) -> NDArray[np.int64]:
