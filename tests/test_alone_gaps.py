@@ -21,7 +21,7 @@ from tests.federation import NoBoard
 from tests.sessions import Terminal
 from tests.test_alone import LIMITS, Killed, Place
 from tests.test_other_homes import names
-from tests.test_restore import back_up, put_back, root_of
+from tests.test_restore import back_up, configured, put_back, root_of
 from tests.test_service import Running
 from tests.whole import Whole, contribution
 
@@ -29,14 +29,6 @@ pytestmark = pytest.mark.usefixtures("quick_polls")
 
 NOBODY = Aggregator(url="http://127.0.0.1:1", fingerprint="00")
 """Where nobody listens."""
-
-
-def configured(root, *, url="http://127.0.0.1:1", epsilon=50.0):
-    Home(root).config_path.unlink(missing_ok=True)
-    config.write_commented(
-        Home(root).config_path, name="silo-2", organisation="Hospital 2", url=url, fingerprint="00", records="records.jsonl",
-        epsilon=epsilon, delta=1e-5, model=str(root / "no-model"),
-    )  # fmt: skip
 
 
 # --- Is the ledger held to the board? ---------------------------------------------------------------------------------------------

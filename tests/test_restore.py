@@ -355,14 +355,20 @@ def test_limits_hinder_no_charge_and_then_refuse(whole):
 # --- The command, and its deaths --------------------------------------------------------------------------------------------------
 
 
+def configured(root, *, url="http://127.0.0.1:1", epsilon=50.0):
+    """Silo 2's silo.toml, written anew: where the board is, and no base model."""
+    Home(root).config_path.unlink(missing_ok=True)
+    config.write_commented(
+        Home(root).config_path, name="silo-2", organisation="Hospital 2", url=url, fingerprint="00", records="records.jsonl",
+        epsilon=epsilon, delta=1e-5, model=str(root / "no-model"),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def served(whole):
     """The board over HTTP, and a silo.toml that says where."""
     running = Running(whole)
-    config.write_commented(
-        Home(root_of(whole)).config_path, name="silo-2", organisation="Hospital 2", url=f"http://127.0.0.1:{running.port}",
-        fingerprint="00", records="records.jsonl", epsilon=50.0, delta=1e-5,
-    )  # fmt: skip
+    configured(root_of(whole), url=f"http://127.0.0.1:{running.port}")
     yield whole
     running.stop()
 

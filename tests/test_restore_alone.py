@@ -21,13 +21,13 @@ from privacy.dp.ledger import Ledger
 from privacy.errors import ConfigError, LedgerBroken, PrivacyRefusal, TrustError
 from privacy.federation import Accepted
 from privacy.identity import keys
-from silo import alone, alone_kept, config, recharging, restoring
+from silo import alone, alone_kept, recharging, restoring
 from silo.home import Home
 from silo.recharging import Opened, Sent
 from silo.restoring import _Alone
 from tests.sessions import Terminal
 from tests.terms import contract_bytes
-from tests.test_restore import LOST, back_up, put_back, root_of
+from tests.test_restore import LOST, back_up, configured, put_back, root_of
 from tests.test_service import Running
 from tests.whole import Whole
 
@@ -267,10 +267,7 @@ def served(whole):
     """The board over HTTP, and a silo.toml that says where; the home is that of the backup."""
     put_back(whole)
     running = Running(whole)
-    config.write_commented(
-        Home(root_of(whole)).config_path, name="silo-2", organisation="Hospital 2", url=f"http://127.0.0.1:{running.port}",
-        fingerprint="00", records="records.jsonl", epsilon=50.0, delta=1e-5,
-    )  # fmt: skip
+    configured(root_of(whole), url=f"http://127.0.0.1:{running.port}")
     yield whole
     running.stop()
 

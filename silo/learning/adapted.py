@@ -14,13 +14,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionMaskInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from privacy.errors import ConfigError
@@ -142,6 +143,21 @@ class Adapted(nn.Module, ABC):
         with torch.no_grad():
             for parameter, block in zip(self.trainables(), torch.split(values, sizes), strict=True):
                 parameter.copy_(block.view_as(parameter))
+
+
+def from_folder(kind: type[AutoModel | AutoModelForCausalLM], path: str | Path) -> tuple[PreTrainedModel, list[str]]:
+    """(the model in the folder ``path`` as ``kind`` has it, float32, the weights it lacks, sorted), from local files alone.
+
+    The global generators are left as they were.
+
+    Raises:
+        OSError, ValueError: there is no such model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        loaded, report = kind.from_pretrained(
+            path, local_files_only=True, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    return loaded, sorted(report["missing_keys"])
 
 
 def attached(

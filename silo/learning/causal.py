@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from privacy.errors import ConfigError
 from privacy.federation import Contract
 from privacy.orthonormal import Factors
-from silo.learning.adapted import Adapted, Precision, agree, attached, prepared
+from silo.learning.adapted import Adapted, Precision, agree, attached, from_folder, prepared
 from silo.learning.gradients import PhysicalBatch
 from silo.learning.lora_sb import Adapter
 
@@ -144,23 +144,19 @@ def load(path: str | Path) -> PreTrainedModel:
     Raises:
         ConfigError: no loadable model at ``path``, or weights are missing from it: an encoder has no output layer, for one.
     """
-    with torch.random.fork_rng(devices=[]):
-        try:
-            whole, report = AutoModelForCausalLM.from_pretrained(
-                path, local_files_only=True, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no usable causal language model at {path}: {str(error).splitlines()[0][:200]}",
-                hint="give the folder of a decoder with its output layer, such as GPT-2, Llama, Mistral, Qwen or Gemma",
-            ) from error
-    if missing := sorted(report["missing_keys"]):
+    try:
+        whole, missing = from_folder(AutoModelForCausalLM, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no usable causal language model at {path}: {str(error).splitlines()[0][:200]}",
+            hint="give the folder of a decoder with its output layer, such as GPT-2, Llama, Mistral, Qwen or Gemma",
+        ) from error
+    if missing:
         raise ConfigError(
             f"the base model lacks {len(missing)} weights, the first is {missing[0]}",
             hint="a causal language model comes with its output layer; choose such a folder, or fetch it again",
         )
-    loaded: PreTrainedModel = whole
-    return loaded
+    return whole
 
 
 def assemble(

@@ -19,7 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 from privacy.errors import ConfigError
 from privacy.federation import Contract
 from privacy.orthonormal import Factors
-from silo.learning.adapted import Adapted, Precision, agree, attached, prepared
+from silo.learning.adapted import Adapted, Precision, agree, attached, from_folder, prepared
 from silo.learning.gradients import PhysicalBatch, Slot, rowwise_linear
 from silo.learning.lora_sb import Adapter
 
@@ -108,23 +108,19 @@ def load(path: str | Path) -> PreTrainedModel:
     Raises:
         ConfigError: no loadable model at ``path``, or weights are missing from it.
     """
-    with torch.random.fork_rng(devices=[]):
-        try:
-            encoder, report = AutoModel.from_pretrained(
-                path, local_files_only=True, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no usable base model at {path}: {error}", hint="give a folder with config.json and model.safetensors"
-            ) from error
+    try:
+        encoder, lacking = from_folder(AutoModel, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no usable base model at {path}: {error}", hint="give a folder with config.json and model.safetensors"
+        ) from error
     # A pooler on top is not used, and many checkpoints leave it out; anything else would be filled with random numbers.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    missing = [key for key in lacking if not key.startswith("pooler.")]
     if missing:
         raise ConfigError(
             f"the base model lacks {len(missing)} weights, the first is {missing[0]}", hint="fetch the base model again"
         )
-    loaded: PreTrainedModel = encoder
-    return loaded
+    return encoder
 
 
 def assemble(

@@ -180,21 +180,21 @@ class Prefix:
 
     def _fetched(self, batch: PhysicalBatch) -> Tensor | None:
         """The kept activations ``(rows, L, width)``, zero at padding; None where a row is missing."""
-        places = [(self._places.get(key), index) for index, (key, _) in enumerate(_keys(batch))]
-        if self._file is None or self._format is None or any(place is None for place, _ in places):
+        places = [self._places[key] for key, _ in _keys(batch) if key in self._places]
+        if self._file is None or self._format is None or len(places) < len(batch.input_ids):
             return None
         width, dtype = self._format
         found = torch.zeros(*batch.input_ids.shape, width, dtype=dtype)
         words = found.view(len(found), -1).view(torch.uint8).numpy()
-        for place, index in places:
+        for row, (start, size) in zip(words, places, strict=True):
             try:
-                read = b"" if place is None else os.pread(self._file, place[1], place[0])
+                read = os.pread(self._file, size, start)
             except OSError:
                 self.drop()
                 return None
-            if place is None or len(read) != place[1]:
+            if len(read) != size:
                 return None
-            words[index, : place[1]] = np.frombuffer(read, dtype=np.uint8)
+            row[:size] = np.frombuffer(read, dtype=np.uint8)
         return found
 
 
